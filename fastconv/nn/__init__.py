@@ -1,0 +1,12 @@
+"""Drop-in torch modules and the rewriting of whole models; everything here needs PyTorch."""
+
+from __future__ import annotations
+
+from fastconv.errors import BackendError
+
+try:
+    import torch as _torch  # noqa: F401  (asked for here so that its absence is told once, clearly)
+except ImportError as error:
+    raise BackendError(
+        "fastconv.nn needs PyTorch, which is not installed: pip install 'fastconv[torch]'"
+    ) from error
