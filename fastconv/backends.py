@@ -1,0 +1,120 @@
+"""What can run here, why the rest cannot, and the one way to a kernel module: its import path."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+from fastconv.errors import BackendError
+
+FAMILIES = ("winograd", "depthwise", "grouped", "hfa", "continual")
+BACKENDS = ("reference", "numba", "c", "triton", "torch")
+
+_FOLDERS = {
+    "reference": "reference",
+    "numba": "numba_kernels",
+    "c": "c_kernels",
+    "triton": "triton_kernels",
+    "torch": "torch_kernels",
+}
+_CPU_FLAGS = {  # the names Linux prints, and the names people use
+    "sse4_2": "sse4.2",
+    "avx": "avx",
+    "avx2": "avx2",
+    "fma": "fma",
+    "avx512f": "avx512f",
+    "avx512bw": "avx512bw",
+    "avx512vl": "avx512vl",
+    "avx512_vnni": "avx512_vnni",
+    "avx512_bf16": "avx512_bf16",
+    "avx512_fp16": "avx512_fp16",
+    "amx_tile": "amx_tile",
+    "amx_bf16": "amx_bf16",
+    "asimd": "neon",
+    "sve": "sve",
+}
+
+
+def available() -> dict[str, str | None]:
+    """For every backend None if it can run here, or the reason against and how to get it."""
+    return {
+        "reference": None,
+        "numba": _missing("numba", "numba"),
+        "c": "the C backend is not part of this version",
+        "triton": "the Triton backend is not part of this version",
+        "torch": _missing("torch", "PyTorch"),
+    }
+
+
+@functools.cache
+def kernel(family: str, backend: str) -> ModuleType:
+    """The module that holds a family's kernels on a backend: `fastconv.<folder>.<family>`.
+
+    Raises BackendError for an unknown family or backend, and for a backend not available here.
+    """
+    if family not in FAMILIES:
+        raise BackendError(f"unknown algorithm family {family!r}. Known: {', '.join(FAMILIES)}")
+    check(backend)
+    try:
+        return importlib.import_module(f"fastconv.{_FOLDERS[backend]}.{family}")
+    except ImportError as error:  # installed, but it does not load: wrong version, missing library
+        raise BackendError(f"backend {backend!r} does not load: {error}") from error
+
+
+def check(backend: str) -> None:
+    """Raise BackendError, with the reason and the alternatives, if a backend cannot run here."""
+    if backend not in BACKENDS:
+        raise BackendError(f"unknown backend {backend!r}. Known: {', '.join(BACKENDS)}")
+    reasons = available()
+    if reasons[backend] is not None:
+        usable = ", ".join(name for name, reason in reasons.items() if reason is None)
+        raise BackendError(
+            f"backend {backend!r} is not available: {reasons[backend]}. Available: {usable}"
+        )
+
+
+def version(package: str) -> str | None:
+    """The installed version of a package, without importing it; None if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def instruction_sets(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
+    """The host CPU's vector instruction sets, weakest first; () if they cannot be told.
+
+    Linux says it in /proc/cpuinfo ("flags" on x86, "Features" on ARM); elsewhere llvmlite, which
+    comes with Numba, knows.
+    """
+    flags: set[str] = set()
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() in ("flags", "Features"):
+                flags.update(value.split())
+                break
+    elif _installed("llvmlite"):
+        from llvmlite import binding
+
+        flags = {name for name, present in binding.get_host_cpu_features().items() if present}
+        flags = {_CPU_FLAGS.get(name, name) for name in flags}
+    return tuple(dict.fromkeys(name for flag, name in _CPU_FLAGS.items() if {flag, name} & flags))
+
+
+def _missing(package: str, title: str) -> str | None:
+    if _installed(package):
+        return None
+    return f"{title} is not installed: pip install 'fastconv[{package}]'"
+
+
+def _installed(package: str) -> bool:
+    """Whether a top-level package can be found; finding does not import it."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):
+        return False
