@@ -97,7 +97,7 @@ def _transform(args: argparse.Namespace) -> int:
 
 def _info(args: argparse.Namespace) -> int:
     for title, value in _facts():
-        print(f"{title:<18}{value}")
+        print(f"{title:<18}{value}".rstrip())
     return 0
 
 
