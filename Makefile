@@ -1,0 +1,48 @@
+# Every target creates what it needs: a virtual environment with pinned versions, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DEMO ?=
+TESTS ?=
+BENCH ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint bench clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(INSTALLED)  ## create .venv with the pinned versions
+
+# The stamp comes last: an interrupted installation is done again, a finished one is not.
+$(INSTALLED): requirements-dev.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "The pinned versions need Python 3.11 or newer: make PYTHON=python3.11" >&2; exit 1; }
+	@echo "Installing the pinned versions into $(VENV): a few minutes, once."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements-dev.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet \
+		--no-build-isolation --no-deps --editable .
+	@touch $@
+
+demo: $(INSTALLED)  ## run a real video through X3D-M twice and compare (DEMO="--network c3d")
+	$(BIN)/python -m fastconv demo $(DEMO)
+
+test: $(INSTALLED)  ## run the tests (TESTS="tests/test_video.py -x")
+	$(BIN)/pytest $(TESTS)
+
+# The type checker wants the tree as it is installed: reference/ as fastconv/reference.
+lint: $(INSTALLED)  ## check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@rm -rf .typecheck && mkdir -p .typecheck/fastconv
+	@ln -s $(CURDIR)/fastconv/* $(CURDIR)/reference .typecheck/fastconv/
+	cd .typecheck && ../$(BIN)/mypy --config-file ../pyproject.toml -p fastconv
+
+bench: $(INSTALLED)  ## time our layers against PyTorch's, by turns (BENCH="--family winograd")
+	$(BIN)/python bench/run.py $(BENCH)
+
+clean:  ## remove everything that was created, .venv too
+	rm -rf $(VENV) .typecheck .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	find fastconv reference tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
