@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from math import prod
 
 import numpy as np
 
@@ -38,7 +39,7 @@ def taps(padded: np.ndarray, geometry: Geometry):
 def contract(w: np.ndarray, x: np.ndarray) -> np.ndarray:
     """Sum over channels: w (K, C) and x (N, C, *size) give (N, K, *size)."""
     n, c, *size = x.shape
-    return np.matmul(w, x.reshape(n, c, -1)).reshape(n, w.shape[0], *size)
+    return np.matmul(w, x.reshape(n, c, prod(size))).reshape(n, w.shape[0], *size)
 
 
 def correlate(x: np.ndarray, w: np.ndarray, geometry: Geometry) -> np.ndarray:
