@@ -55,7 +55,8 @@ def measure(
     """
     if repeats < 1 or warmup < 0:
         raise ValueError(
-            f"measure: expected repeats >= 1 and warmup >= 0, got repeats {repeats}, warmup {warmup}"
+            "measure: expected repeats >= 1 and warmup >= 0, "
+            f"got repeats {repeats}, warmup {warmup}"
         )
     for _ in range(warmup):
         for function in functions.values():

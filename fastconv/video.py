@@ -47,8 +47,9 @@ class Preprocessing:
         shorter = self.resize if isinstance(self.resize, int) else min(self.resize)
         if self.frames < 1 or self.sampling_rate < 1 or not 1 <= self.crop <= shorter:
             raise ValueError(
-                "Preprocessing: expected frames >= 1, sampling_rate >= 1 and 1 <= crop <= resize, got "
-                f"{self.frames}, {self.sampling_rate}, crop {self.crop}, resize {self.resize}"
+                "Preprocessing: expected frames >= 1, sampling_rate >= 1, 1 <= crop <= resize; "
+                f"got frames {self.frames}, sampling_rate {self.sampling_rate}, "
+                f"crop {self.crop}, resize {self.resize}"
             )
 
 
@@ -110,8 +111,8 @@ def default_clip() -> Path:
 def read_clip(path: str | os.PathLike[str], preprocessing: Preprocessing) -> Clip:
     """Decode the centre of a video as a network expects it.
 
-    `preprocessing.frames` frames, `sampling_rate` apart, from the middle of the file. If the file is
-    too short for that rate, the highest rate that fits is used; `Clip.sampling_rate` tells.
+    `preprocessing.frames` frames, `sampling_rate` apart, from the middle of the file. If the file
+    is too short for that rate, the highest rate that fits is used; `Clip.sampling_rate` tells.
 
     Raises VideoError: no such file, not a video, fewer frames than the clip needs, no PyAV.
     """
@@ -176,7 +177,7 @@ def _announced_frames(path: Path) -> int:
 def _decode(
     path: Path, total: int, preprocessing: Preprocessing
 ) -> tuple[Sequence[int], list[np.ndarray], int]:
-    """The sampled indices, their pictures (H, W, 3), and the frames there are if fewer than total."""
+    """The sampled indices, their pictures (H, W, 3), and `total`, corrected if the file ended."""
     indices = sample(total, preprocessing.frames, preprocessing.sampling_rate)
     pictures: list[np.ndarray] = []
     count = 0
