@@ -1,0 +1,176 @@
+"""What the wheel holds, what it asks for, and that it works where only NumPy is installed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from email import message_from_string
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fastconv
+
+ROOT = Path(__file__).parent.parent
+SOURCES = ("fastconv", "reference", "pyproject.toml", "README.md", "LICENSE")
+
+# Prepended to every script: the standard library, NumPy and the wheel can be imported, no more.
+ONLY_NUMPY = """
+import sys
+
+class NotInstalled:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] not in {*sys.stdlib_module_names, "numpy", "fastconv"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, NotInstalled())
+sys.path[:0] = sys.argv[1:3]
+"""
+
+
+def run(*command: object, cwd: Path) -> str:
+    """The output of a command, which must succeed."""
+    env = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel built from a copy of the sources, without a network."""
+    tree = tmp_path_factory.mktemp("tree")
+    for name in SOURCES:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tree / name)
+    options = ("--no-build-isolation", "--no-deps", "--no-index", "--quiet")
+    run(sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", "built", ".", cwd=tree)
+    (built,) = (tree / "built").glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Path:
+    """A folder that holds the installed wheel and nothing else."""
+    target = tmp_path_factory.mktemp("installed")
+    options = ("--no-deps", "--no-index", "--quiet", "--target", target)
+    run(sys.executable, "-m", "pip", "install", *options, wheel, cwd=target)
+    return target
+
+
+@pytest.fixture
+def only_numpy(installed, tmp_path):
+    """`only_numpy(script)`: its output in a fresh interpreter with only NumPy and the wheel."""
+    numpy_home = Path(np.__file__).parent.parent
+
+    def run_script(script: str) -> str:
+        options = ("-I", "-S", "-W", "error", "-c", ONLY_NUMPY + script)
+        return run(sys.executable, *options, installed, numpy_home, cwd=tmp_path)
+
+    return run_script
+
+
+def test_the_wheel_holds_the_package_and_nothing_beside_it(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names} == {
+        "fastconv",
+        f"fastconv-{fastconv.__version__}.dist-info",
+    }
+    expected = {
+        f"fastconv/{p.relative_to(ROOT / 'fastconv')}" for p in ROOT.glob("fastconv/**/*.py")
+    }
+    expected |= {f"fastconv/reference/{p.name}" for p in ROOT.glob("reference/*.py")}
+    expected.add("fastconv/py.typed")
+    assert {name for name in names if name.startswith("fastconv/")} == expected
+
+
+def test_the_wheel_says_what_it_needs(wheel):
+    archive = zipfile.ZipFile(wheel)
+    folder = f"fastconv-{fastconv.__version__}.dist-info"
+    metadata = message_from_string(archive.read(f"{folder}/METADATA").decode())
+    assert metadata["Version"] == fastconv.__version__
+    assert metadata["Requires-Python"] == ">=3.10"
+    needs = metadata.get_all("Requires-Dist")
+    assert [need for need in needs if "extra ==" not in need] == ["numpy>=1.26"]
+    assert {"numba", "torch", "demo", "test", "dev"} == set(metadata.get_all("Provides-Extra"))
+    assert "fastconv = fastconv.cli:main" in archive.read(f"{folder}/entry_points.txt").decode()
+    assert any(name.endswith("LICENSE") for name in archive.namelist())
+
+
+def test_the_development_set_serves_every_extra():
+    lines = (ROOT / "requirements-dev.txt").read_text().splitlines()
+    pinned = {line.split("==")[0] for line in lines if "==" in line}
+    needed = importlib.metadata.requires("fastconv")
+    assert needed is not None
+    named = {need.split(";")[0].split(">=")[0].split("[")[0].strip() for need in needed}
+    assert named - {"fastconv"} == pinned
+
+
+def test_importing_loads_numpy_alone(only_numpy):
+    script = """
+import fastconv
+loaded = {name.partition(".")[0] for name in sys.modules} - set(sys.stdlib_module_names)
+print(*sorted(loaded - {"__main__"}), fastconv.__version__)
+"""
+    assert only_numpy(script).split() == ["fastconv", "numpy", fastconv.__version__]
+
+
+def test_a_convolution_with_numpy_alone(only_numpy):
+    script = """
+import numpy as np
+import fastconv
+x = np.arange(25.0).reshape(1, 1, 5, 5)
+y = fastconv.conv2d(x, np.ones((1, 1, 3, 3)), backend="reference")
+print(y.tolist())
+"""
+    x = np.arange(25.0).reshape(5, 5)
+    sums = [[x[i : i + 3, j : j + 3].sum() for j in range(3)] for i in range(3)]
+    assert only_numpy(script).strip() == str([[sums]])
+
+
+def test_every_public_name_is_there(only_numpy):
+    script = """
+from fastconv import *
+import fastconv
+assert callable(plan) and plan is fastconv.plan, plan
+print(len(fastconv.__all__), set(fastconv.__all__) <= set(dir(fastconv)))
+"""
+    assert only_numpy(script).split() == [str(len(fastconv.__all__)), "True"]
+
+
+@pytest.mark.parametrize("attempt", ["import fastconv.nn", "import fastconv; fastconv.accelerate"])
+def test_what_needs_pytorch_says_so(only_numpy, attempt):
+    script = f"""
+from fastconv.errors import BackendError
+try:
+    {attempt}
+except BackendError as error:
+    print(error)
+"""
+    assert only_numpy(script).strip() == (
+        "fastconv.nn needs PyTorch, which is not installed: pip install 'fastconv[torch]'"
+    )
+
+
+def test_info_with_numpy_alone(only_numpy):
+    output = only_numpy("from fastconv.cli import main\nsys.exit(main(['info']))")
+    assert "numba is not installed: pip install 'fastconv[numba]'" in output
+    assert "PyTorch is not installed: pip install 'fastconv[torch]'" in output
+    assert "scikit-video, which is not installed" in output
+
+
+def test_a_wrong_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="^module 'fastconv' has no attribute 'conv4d'$"):
+        _ = fastconv.conv4d
