@@ -19,19 +19,6 @@ import fastconv
 ROOT = Path(__file__).parent.parent
 SOURCES = ("fastconv", "reference", "pyproject.toml", "README.md", "LICENSE")
 
-# Prepended to every script: the standard library, NumPy and the wheel can be imported, no more.
-ONLY_NUMPY = """
-import sys
-
-class NotInstalled:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] not in {*sys.stdlib_module_names, "numpy", "fastconv"}:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, NotInstalled())
-sys.path[:0] = sys.argv[1:3]
-"""
-
 
 def run(*command: object, cwd: Path) -> str:
     """The output of a command, which must succeed."""
@@ -63,21 +50,22 @@ def wheel(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory) -> Path:
-    """A folder that holds the installed wheel and nothing else."""
+    """A folder that holds the installed wheel and NumPy, and nothing else."""
     target = tmp_path_factory.mktemp("installed")
     options = ("--no-deps", "--no-index", "--quiet", "--target", target)
     run(sys.executable, "-m", "pip", "install", *options, wheel, cwd=target)
+    for part in Path(np.__file__).parent.parent.glob("numpy*"):  # with its libraries and metadata
+        (target / part.name).symlink_to(part)
     return target
 
 
 @pytest.fixture
 def only_numpy(installed, tmp_path):
     """`only_numpy(script)`: its output in a fresh interpreter with only NumPy and the wheel."""
-    numpy_home = Path(np.__file__).parent.parent
 
     def run_script(script: str) -> str:
-        options = ("-I", "-S", "-W", "error", "-c", ONLY_NUMPY + script)
-        return run(sys.executable, *options, installed, numpy_home, cwd=tmp_path)
+        prologue = f"import sys\nsys.path.insert(0, {str(installed)!r})\n"
+        return run(sys.executable, "-I", "-S", "-W", "error", "-c", prologue + script, cwd=tmp_path)
 
     return run_script
 
