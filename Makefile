@@ -38,7 +38,7 @@ lint: $(INSTALLED)  ## check style, format and types
 	$(BIN)/ruff format --check .
 	@rm -rf .typecheck && mkdir -p .typecheck/fastconv
 	@ln -s $(CURDIR)/fastconv/* $(CURDIR)/reference .typecheck/fastconv/
-	cd .typecheck && ../$(BIN)/mypy --config-file ../pyproject.toml -p fastconv
+	cd .typecheck && ../$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p fastconv
 
 bench: $(INSTALLED)  ## time our layers against PyTorch's, by turns (BENCH="--family winograd")
 	$(BIN)/python bench/run.py $(BENCH)
