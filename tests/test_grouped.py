@@ -1,0 +1,225 @@
+"""Grouped and dense convolution on every backend: the definition, its edges, its memory."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+from math import prod
+
+import numpy as np
+import pytest
+from hypothesis import given
+
+import cases
+import tolerance
+from fastconv.backends import kernel
+from fastconv.epilogue import ACTIVATIONS, Epilogue
+from fastconv.geometry import Geometry
+from fastconv.plan import CHANNELS_LAST, CONTIGUOUS, LAYOUTS, Plan
+
+backends = pytest.mark.parametrize("backend", cases.CPU_BACKENDS)
+fast = pytest.mark.parametrize("backend", [b for b in cases.CPU_BACKENDS if b != "reference"])
+
+
+def plan_for(backend, geometry, dtype="float32", layout=CHANNELS_LAST, epilogue=None) -> Plan:
+    return Plan("grouped", backend, geometry, dtype, epilogue or Epilogue(), layout)
+
+
+def small_integers(shape, seed, dtype="float32") -> np.ndarray:
+    """Values whose sums of products are exact in float32, in any order."""
+    return np.random.default_rng(seed).integers(-4, 5, shape).astype(dtype)
+
+
+@backends
+@given(cases.geometries(), cases.epilogues(), cases.layouts(), cases.dtypes())
+def test_is_the_definition(backend, geometry, epilogue, layout, dtype):
+    plan = plan_for(backend, geometry, dtype, layout, epilogue)
+    arrays = cases.arrays_for(plan)
+    tolerance.assert_conv_close(cases.execute(plan, *arrays), plan, *arrays)
+
+
+# One more and one less than a vector, a half vector, a block of vectors; groups that share one.
+CHANNELS = {
+    "depthwise": (5, 1, 1),
+    "depthwise_multiplier": (3, 1, 4),
+    "group_of_six": (16, 6, 6),
+    "group_of_twelve": (3, 12, 12),
+    "group_many_to_one": (3, 7, 1),
+    "group_one_to_many": (2, 1, 21),
+    "vector_less_one": (1, 15, 15),
+    "vector": (2, 16, 16),
+    "vector_plus_one": (1, 17, 17),
+    "block_plus_one": (1, 3, 33),
+    "three_vectors": (1, 16, 48),
+    "five_vectors_less_some": (2, 8, 75),
+}
+
+
+@fast
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("channels", CHANNELS.values(), ids=CHANNELS.keys())
+def test_channels_per_group_are_exact_on_integers(backend, channels, layout):
+    groups, c, k = channels
+    geometry = Geometry.of(
+        (1, groups * c, 3, 5, 19), (groups * k, c, 3, 3, 3), padding=1, groups=groups
+    )
+    plan = plan_for(backend, geometry, layout=layout)
+    x, w = small_integers(geometry.x_shape, 0), small_integers(geometry.w_shape, 1)
+    want = cases.execute(cases.on(plan, "reference"), x, w)
+    assert np.array_equal(cases.execute(plan, x, w), want)
+
+
+# kernel, stride, padding, dilation: what each moves is in its name.
+WINDOWS = {
+    "pointwise": ((1, 1, 1), 1, 0, 1),
+    "pointwise_strided": ((1, 1, 1), 2, 0, 1),
+    "pointwise_padded": ((1, 1, 1), 1, 1, 1),
+    "time_only": ((5, 1, 1), 1, (2, 0, 0), 1),
+    "space_only": ((1, 3, 3), (1, 2, 2), (0, 1, 1), 1),
+    "stride_beyond_kernel": ((2, 2, 2), 3, 0, 1),
+    "dilated": ((3, 3, 3), 1, 2, (1, 2, 3)),
+    "one_sided": ((3, 3, 3), 1, ((2, 0), (0, 2), (1, 0)), 1),
+    "padding_beyond_kernel": ((2, 2, 2), 1, 3, 1),
+    "even_kernel_strided_dilated": ((2, 4, 4), (2, 3, 2), (0, 3, 3), (1, 1, 2)),
+}
+
+
+@fast
+@pytest.mark.parametrize("channels", [(1, 8, 20), (4, 3, 5)], ids=["dense", "grouped"])
+@pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS.keys())
+def test_windows_are_exact_on_integers(backend, window, channels):
+    groups, c, k = channels
+    kernel_size, stride, padding, dilation = window
+    x_shape, w_shape = (2, groups * c, 5, 9, 21), (groups * k, c, *kernel_size)
+    geometry = Geometry.of(x_shape, w_shape, stride, padding, dilation, groups)
+    x, w = small_integers(x_shape, 0), small_integers(w_shape, 1)
+    for layout in LAYOUTS:
+        plan = plan_for(backend, geometry, layout=layout)
+        want = cases.execute(cases.on(plan, "reference"), x, w)
+        assert np.array_equal(cases.execute(plan, x, w), want), layout
+
+
+@fast
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("groups", "c", "k"), [(1, 6, 37), (3, 5, 6)], ids=["dense", "grouped"])
+def test_epilogues(backend, activation, groups, c, k):
+    geometry = Geometry.of((2, groups * c, 3, 4, 11), (groups * k, c, 1, 3, 3), 1, 1, 1, groups)
+    for layout in LAYOUTS:
+        plan = plan_for(backend, geometry, "float32", layout, Epilogue(True, activation, True))
+        arrays = cases.arrays_for(plan)
+        tolerance.assert_conv_close(cases.execute(plan, *arrays), plan, *arrays)
+
+
+@fast
+@pytest.mark.parametrize("groups", [1, 4])
+def test_many_pixels_and_channels(backend, groups):
+    """Several blocks per thread along every loop of a blocked kernel."""
+    geometry = Geometry.of(
+        (1, 80, 6, 40, 33), (112, 80 // groups, 3, 3, 3), (1, 2, 1), 1, 1, groups
+    )
+    plan = plan_for(backend, geometry)
+    x, w = small_integers(geometry.x_shape, 0), small_integers(geometry.w_shape, 1)
+    want = cases.execute(cases.on(plan, "reference"), x, w)
+    assert np.array_equal(cases.execute(plan, x, w), want)
+
+
+@backends
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_empty_batch_is_an_empty_result(backend, layout):
+    for groups in (1, 2):
+        geometry = Geometry.of((0, 4, 3, 5, 5), (6, 4 // groups, 3, 3, 3), 1, 1, 1, groups)
+        plan = plan_for(backend, geometry, layout=layout)
+        x, w = np.empty(geometry.x_shape, "float32"), cases.random(geometry.w_shape, 0)
+        assert cases.execute(plan, x, w).shape == (0, 6, 3, 5, 5)
+
+
+@fast
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_nan_and_infinity_reach_their_outputs_and_no_others(backend, groups, value):
+    geometry = Geometry.of((1, 12, 4, 7, 9), (24, 12 // groups, 3, 3, 3), 1, 1, 1, groups)
+    for layout in LAYOUTS:
+        plan = plan_for(backend, geometry, "float32", layout, Epilogue(activation="relu"))
+        x, w = small_integers(geometry.x_shape, 0), small_integers(geometry.w_shape, 1)
+        w[w == 0] = 1
+        x[0, 5, 2, 3, 8] = value
+        want = cases.execute(cases.on(plan, "reference"), x, w)
+        assert np.array_equal(cases.execute(plan, x, w), want, equal_nan=True), layout
+
+
+@fast
+@pytest.mark.parametrize("groups", [1, 4])
+def test_the_same_call_gives_the_same_bits(backend, groups):
+    geometry = Geometry.of((1, 24, 4, 13, 17), (40, 24 // groups, 3, 3, 3), 1, 1, 1, groups)
+    plan = plan_for(backend, geometry)
+    x, w = cases.random(geometry.x_shape, 0), cases.random(geometry.w_shape, 1)
+    first = cases.execute(plan, x, w)
+    assert np.array_equal(cases.execute(plan, x, w), first)
+
+
+@pytest.mark.skipif("numba" not in cases.CPU_BACKENDS, reason="numba is not installed")
+@pytest.mark.parametrize("groups", [1, 4])
+def test_numba_bits_do_not_depend_on_the_number_of_threads(groups):
+    import numba
+
+    geometry = Geometry.of((1, 24, 4, 13, 17), (40, 24 // groups, 3, 3, 3), 1, 1, 1, groups)
+    plan = plan_for("numba", geometry)
+    x, w = cases.random(geometry.x_shape, 0), cases.random(geometry.w_shape, 1)
+    several = cases.execute(plan, x, w)
+    before = numba.get_num_threads()
+    numba.set_num_threads(1)
+    try:
+        assert np.array_equal(cases.execute(plan, x, w), several)
+    finally:
+        numba.set_num_threads(before)
+
+
+class BetweenForbiddenPages:
+    """Arrays that end, or begin, exactly where the process may no longer read."""
+
+    def __init__(self, shape, dtype="float32", layout=CONTIGUOUS, at_end=True):
+        size = prod(shape) * np.dtype(dtype).itemsize
+        inner = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._map = mmap.mmap(-1, inner + 2 * mmap.PAGESIZE)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        protect = ctypes.CDLL(None, use_errno=True).mprotect
+        for page in (start, start + mmap.PAGESIZE + inner):
+            no_access = 0
+            assert protect(ctypes.c_void_p(page), mmap.PAGESIZE, no_access) == 0
+        offset = mmap.PAGESIZE + (inner - size if at_end else 0)
+        flat = np.frombuffer(self._map, dtype, prod(shape), offset)
+        in_memory = (shape[0], *shape[2:], shape[1]) if layout == CHANNELS_LAST else shape
+        array = flat.reshape(in_memory)
+        self.array = np.moveaxis(array, -1, 1) if layout == CHANNELS_LAST else array
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mprotect as Linux has it")
+@fast
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("at_end", [True, False])
+@pytest.mark.parametrize(
+    ("groups", "c", "k", "kernel_size"),
+    [(1, 7, 19, (3, 3, 3)), (1, 5, 18, (1, 1, 1)), (3, 5, 6, (3, 3, 3))],
+    ids=["dense", "pointwise", "grouped"],
+)
+def test_nothing_outside_the_arrays_is_read_or_written(
+    backend, layout, at_end, groups, c, k, kernel_size
+):
+    geometry = Geometry.of(
+        (1, groups * c, 3, 5, 7), (groups * k, c, *kernel_size), 1, "same", 1, groups
+    )
+    plan = plan_for(backend, geometry, "float32", layout, Epilogue(True, "none", True))
+    module = kernel("grouped", backend)
+    values = [small_integers(s, i) for i, s in enumerate((geometry.x_shape, geometry.y_shape))]
+    guarded = [
+        BetweenForbiddenPages(v.shape, layout=layout, at_end=at_end).array
+        for v in (*values, values[1])
+    ]
+    x, residual, y = guarded
+    x[...], residual[...] = values
+    w, bias = small_integers(geometry.w_shape, 2), small_integers((groups * k,), 3)
+    workspace = np.empty(module.workspace_size(plan), "float32")
+    module.run(plan, x, module.prepack(w, plan), bias, residual, y, workspace)
+    want = cases.execute(cases.on(plan, "reference"), values[0], w, bias, values[1])
+    assert np.array_equal(y, want)
