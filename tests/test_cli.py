@@ -65,6 +65,7 @@ def test_transform_with_points(run):
         (("demo", "--frames", "-3"), "argument --frames: expected a whole number of at least 1"),
         (("demo", "--threads", "two"), "argument --threads: expected a whole number of at least 1"),
         (("count",), "the following arguments are required: NETWORK|LAYER"),
+        (("count", "x3d_m", "--tiles=4,0"), "argument --tiles: expected whole numbers"),
         (("danse",), "argument COMMAND: invalid choice: 'danse'"),
     ],
 )
@@ -82,6 +83,8 @@ def test_a_wrong_command_line_is_one_line(run, argv, message):
             "transform F(2, 3): needs 3 distinct finite points",
         ),
         (("transform", "2", "3", "--points=0,1,1"), "transform F(2, 3): needs 3 distinct finite"),
+        (("count", "x4d"), "count: 'x4d' is neither a network nor a layer. Networks: "),
+        (("count", "conv3d:4-8:3x3@8x8x8"), "count: "),
         (("demo", "--backend", "triton"), "backend 'triton' is not available: "),
         (("demo", "--backend", "cuda"), "unknown backend 'cuda'. Known: "),
     ],
