@@ -98,7 +98,7 @@ def instruction_sets(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
             if key.strip() in ("flags", "Features"):
                 flags.update(value.split())
                 break
-    elif _installed("llvmlite"):
+    elif installed("llvmlite"):
         from llvmlite import binding
 
         flags = {name for name, present in binding.get_host_cpu_features().items() if present}
@@ -106,15 +106,15 @@ def instruction_sets(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for flag, name in _CPU_FLAGS.items() if {flag, name} & flags))
 
 
-def _missing(package: str, title: str) -> str | None:
-    if _installed(package):
-        return None
-    return f"{title} is not installed: pip install 'fastconv[{package}]'"
-
-
-def _installed(package: str) -> bool:
+def installed(package: str) -> bool:
     """Whether a top-level package can be found; finding does not import it."""
     try:
         return importlib.util.find_spec(package) is not None
     except (ImportError, ValueError):
         return False
+
+
+def _missing(package: str, title: str) -> str | None:
+    if installed(package):
+        return None
+    return f"{title} is not installed: pip install 'fastconv[{package}]'"
