@@ -51,7 +51,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from .emit import Code, Int, Vec, register_count, vector_width
+from .emit import Code, Int, Vec, fma, register_count, vector_width
 
 __all__ = [
     "Code",
@@ -62,6 +62,7 @@ __all__ = [
     "block",
     "call",
     "compiled",
+    "fma",
     "kernel",
     "parallel_for",
     "peek",

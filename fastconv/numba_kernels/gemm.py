@@ -1,0 +1,178 @@
+"""The matrix micro-kernel: a block of C = A B in registers, A broadcast from rows, B streamed.
+
+A (rows, depth) has a run-time row stride; B is packed by `pack_panels` into panels of a few vectors
+of columns, [panel][depth][vectors * lanes], zeros behind the last column.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .simd import Code, Int, Vec, block, fma, register_count, vector_width
+
+
+# Rows of the register block by registers and vectors per panel: accumulators, a row of B, one
+# element of A. 14 x 2, 8 x 3 and 6 x 4 run at the fused multiply-add peak, 7 x 4 and 9 x 3 spill.
+_BLOCK_ROWS = {32: {1: 14, 2: 14, 3: 8, 4: 6}, 16: {1: 12, 2: 6, 3: 4, 4: 2}}
+
+
+def block_rows(vectors: int) -> int:
+    """Rows of A that one register block takes, for panels of some vectors."""
+    return _BLOCK_ROWS[register_count()][vectors]
+
+
+def panel_vectors(columns: int, dtype: str) -> int:
+    """Vectors per panel with the least padding behind `columns`; of equals the squarest block."""
+    needed = -(-columns // vector_width(dtype))
+    order = (2, 3, 4, 1) if register_count() == 32 else (2, 3, 1)
+    return min(order, key=lambda v: (-(-needed // v) * v, order.index(v)))
+
+
+def pack_panels(b: np.ndarray, vectors: int) -> np.ndarray:
+    """b (..., depth, columns) -> (..., panels, depth, vectors * lanes), zeros behind the last."""
+    *outer, depth, columns = b.shape
+    width = vectors * vector_width(str(b.dtype))
+    panels = -(-columns // width)
+    padded = np.zeros((*outer, depth, panels * width), b.dtype)
+    padded[..., :columns] = b
+    padded = padded.reshape(*outer, depth, panels, width)
+    return np.ascontiguousarray(np.moveaxis(padded, -2, -3))  # (..., panels, depth, width)
+
+
+@block
+def gemm_tile(
+    code: Code,
+    dtype: str,
+    rows: int,
+    vectors: int,
+    epilogue: str,
+    a: Int,
+    a_stride: Int,
+    b: Int,
+    depth: Int,
+    c: Int,
+    c_stride: Int,
+    columns: Int,
+    bias: Int,
+    residual: Int,
+    residual_stride: Int,
+) -> None:
+    """c (rows, columns) = activation(a (rows, depth) @ b + bias + residual) for one panel b.
+
+    epilogue: words out of "bias", "residual" and an activation; "" for the bare product
+    columns: valid ones, the others are not touched; bias must be readable for the whole panel
+    residual may be c itself, which makes the product accumulate
+
+    Equivalent to: c[:, :columns] = f(a @ b + bias + residual)[:, :columns]
+    """
+    _tile(
+        code, rows, vectors, epilogue, a, a_stride, b, depth, c, c_stride, columns,
+        bias, residual, residual_stride,
+    )  # fmt: skip
+
+
+def _tile(
+    code: Code, rows: int, vectors: int, epilogue: str, a: Int, a_stride: Int, b: Int, depth: Int,
+    c: Int, c_stride: Int, columns: Int, bias: Int, residual: Int, residual_stride: Int,
+) -> None:  # fmt: skip
+    words, lanes = epilogue.split(), code.lanes
+    width = vectors * lanes
+    full = columns >= width
+    partial = columns < width
+    spare = code.scratch(rows * vectors)
+    out, out_stride = code.select(full, c, spare), code.select(full, c_stride, width)
+    if "residual" in words:
+        with code.when(partial):
+            _copy_columns(code, rows, residual, residual_stride, spare, width, columns)
+        residual = code.select(full, residual, spare)
+        residual_stride = code.select(full, residual_stride, width)
+    sums = _product(code, rows, vectors, a, a_stride, b, depth)
+    for j in range(vectors):
+        shift = code.load(bias, j * lanes) if "bias" in words else None
+        for i in range(rows):
+            total = sums[i * vectors + j]
+            if shift is not None:
+                total = total + shift
+            if "residual" in words:
+                total = total + code.load(residual, residual_stride * i + j * lanes)
+            code.store(_activated(total, words), out, out_stride * i + j * lanes)
+    with code.when(partial):
+        _copy_columns(code, rows, spare, width, c, c_stride, columns)
+
+
+@block
+def gemm_rows(
+    code: Code,
+    dtype: str,
+    rows: int,
+    vectors: int,
+    epilogue: str,
+    count: Int,
+    a: Int,
+    a_stride: Int,
+    b: Int,
+    depth: Int,
+    c: Int,
+    c_stride: Int,
+    columns: Int,
+    bias: Int,
+    residual: Int,
+    residual_stride: Int,
+) -> None:
+    """`gemm_tile` for any count of rows: blocks of `rows`, then of half as many, down to one."""
+    first, size = code.int(0), rows
+    while size:
+        blocks = (count - first) // size
+
+        def tile(n: Int, _: list[Vec], first: Int = first, size: int = size) -> None:
+            row = first + n * size
+            _tile(
+                code, size, vectors, epilogue,
+                a + row * a_stride * code.item, a_stride, b, depth,
+                c + row * c_stride * code.item, c_stride, columns,
+                bias, residual + row * residual_stride * code.item, residual_stride,
+            )  # fmt: skip
+
+        code.loop(blocks, tile)
+        first, size = first + blocks * size, size // 2
+
+
+def _product(
+    code: Code, rows: int, vectors: int, a: Int, a_stride: Int, b: Int, depth: Int
+) -> list[Vec]:
+    """The rows * vectors sums over depth, row by row."""
+    width = vectors * code.lanes
+
+    def step(k: Int, sums: list[Vec]) -> list[Vec]:
+        panel = [code.load(b, k * width + j * code.lanes) for j in range(vectors)]
+        following = []
+        for i in range(rows):
+            value = code.broadcast(a, a_stride * i + k)
+            following += [fma(value, panel[j], sums[i * vectors + j]) for j in range(vectors)]
+        return following
+
+    return code.loop(depth, step, [code.zero()] * (rows * vectors))
+
+
+def _activated(total: Vec, words: list[str]) -> Vec:
+    name = next((w for w in words if w not in ("bias", "residual")), "none")
+    if name == "none":
+        return total
+    from .activations import activate
+
+    return activate(total, name)
+
+
+def _copy_columns(
+    code: Code, rows: int, source: Int, source_stride: Int | int, target: Int,
+    target_stride: Int | int, columns: Int,
+) -> None:  # fmt: skip
+    def row(i: Int, _: list[Vec]) -> None:
+        def vector(j: Int, _: list[Vec]) -> None:
+            mask = code.first(columns - j)
+            value = code.load(source, i * source_stride + j, mask)
+            code.store(value, target, i * target_stride + j, mask)
+
+        code.loop(columns, vector, step=code.lanes)
+
+    code.loop(code.int(rows), row)
