@@ -97,6 +97,20 @@ def test_what_cannot_be_done_is_one_line(run, argv, message):
 
 @NEEDS_DEMO
 @pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--network", "x4d"), "unknown network 'x4d'. Known: c3d, "),
+        (("--frames", "251"), "too few frames: the clip needs 251, the video has 250"),
+    ],
+)
+def test_demo_that_cannot_be_done_is_one_line(run, argv, message):
+    code, out, err = run("demo", *argv)
+    assert (code, out, len(err)) == (cli.FAILED, [], 1)
+    assert err[0].startswith(f"fastconv: {message}")
+
+
+@NEEDS_DEMO
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         (None, "no such file: "),
