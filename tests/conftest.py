@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
-from cases import Fenced
 from hypothesis import settings
+
+from cases import Fenced
 
 # Kernels compile on their first call, so no example has a deadline. CI repeats the same examples.
 settings.register_profile(
