@@ -165,6 +165,11 @@ class Vec:
     def __gt__(self, other: Vec | Constant) -> Any:
         return self.builder.fcmp_ordered(">", self.value, self._other(other))
 
+    def shuffle(self, other: Vec, lanes: Sequence[int]) -> Vec:
+        """Lanes picked from self (0 ..) and other (count ..)."""
+        picks = ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes))
+        return self.like(self.builder.shuffle_vector(self.value, other.value, picks))
+
     def where(self, mask: Any, other: Vec | Constant) -> Vec:
         """self in the lanes of the mask, other elsewhere."""
         return self.like(self.builder.select(mask, self.value, self._other(other)))
