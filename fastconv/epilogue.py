@@ -26,3 +26,8 @@ class Epilogue:
             raise UnsupportedError(
                 f"unknown activation {self.activation!r}. Known: {', '.join(ACTIVATIONS)}"
             )
+
+    @property
+    def plain(self) -> bool:
+        """Nothing but a bias at most."""
+        return self.activation == "none" and not self.residual

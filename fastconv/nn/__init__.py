@@ -10,3 +10,9 @@ except ImportError as error:
     raise BackendError(
         "fastconv.nn needs PyTorch, which is not installed: pip install 'fastconv[torch]'"
     ) from error
+
+from .conv import Conv1d, Conv2d, Conv3d
+from .rewrite import Report, accelerate
+from .trace import Layer, trace
+
+__all__ = ["Conv1d", "Conv2d", "Conv3d", "Layer", "Report", "accelerate", "trace"]

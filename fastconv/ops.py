@@ -1,0 +1,433 @@
+"""The functions people call, on NumPy arrays or PyTorch tensors: checks at the door, then plan, pack, run.
+
+This module owns every allocation: output, workspace and packed weights. Kernels own nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from . import backends, planner
+from .epilogue import Epilogue
+from .errors import GeometryError, UnsupportedError
+from .geometry import Geometry, SeparableGeometry
+from .plan import CHANNELS_LAST, CONTIGUOUS, Plan
+
+Array = Any  # np.ndarray or torch.Tensor
+NUMPY_DTYPES = ("float32", "float64")
+TORCH_DTYPES = ("float32", "float64", "float16", "bfloat16")
+_scratch = threading.local()
+
+
+def conv1d(
+    input: Array,
+    weight: Array,
+    bias: Array | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    *,
+    activation: str = "none",
+    residual: Array | None = None,
+    algorithm: str = "auto",
+    backend: str = "auto",
+    tolerance: float = planner.DEFAULT_TOLERANCE,
+) -> Array:
+    """1D convolution: input (N, C, T), weight (K, C / groups, KT), result (N, K, OT). See `conv3d`."""
+    return _conv(1, input, weight, bias, stride, padding, dilation, groups, activation=activation, residual=residual, algorithm=algorithm, backend=backend, tolerance=tolerance)
+
+
+def conv2d(
+    input: Array,
+    weight: Array,
+    bias: Array | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    *,
+    activation: str = "none",
+    residual: Array | None = None,
+    algorithm: str = "auto",
+    backend: str = "auto",
+    tolerance: float = planner.DEFAULT_TOLERANCE,
+) -> Array:
+    """2D convolution: input (N, C, H, W), weight (K, C / groups, KH, KW), result (N, K, OH, OW). See `conv3d`."""
+    return _conv(2, input, weight, bias, stride, padding, dilation, groups, activation=activation, residual=residual, algorithm=algorithm, backend=backend, tolerance=tolerance)
+
+
+def conv3d(
+    input: Array,
+    weight: Array,
+    bias: Array | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    *,
+    activation: str = "none",
+    residual: Array | None = None,
+    algorithm: str = "auto",
+    backend: str = "auto",
+    tolerance: float = planner.DEFAULT_TOLERANCE,
+) -> Array:
+    """3D convolution of NumPy arrays or PyTorch tensors; a tensor in gives a tensor out.
+
+    input   (N, C, T, H, W), or (C, T, H, W) without a batch; any strides
+    weight  (K, C / groups, KT, KH, KW)
+    bias    (K,) or None
+    result  (N, K, OT, OH, OW), in the memory layout of the input
+
+    Keyword options:
+    activation  'none', 'relu', 'silu', 'hardswish' or 'sigmoid', applied last
+    residual    an array of the result's shape, added before the activation
+    algorithm   'auto', 'direct', 'winograd', 'depthwise' or 'grouped'
+    backend     'auto', 'reference', 'numba', 'c', 'triton' or 'torch'
+    tolerance   largest expected error, as a multiple of a direct sum's in the same precision (default 4)
+
+    Equivalent to: `torch.nn.functional.conv3d(input, weight, bias, stride, padding, dilation, groups)`
+    Raises GeometryError for shapes that do not fit, UnsupportedError for valid requests nobody serves, BackendError for
+    a backend that is not available.
+    """
+    return _conv(3, input, weight, bias, stride, padding, dilation, groups, activation=activation, residual=residual, algorithm=algorithm, backend=backend, tolerance=tolerance)
+
+
+def _conv(
+    n: int,
+    input: Array,
+    weight: Array,
+    bias: Array | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    *,
+    activation: str,
+    residual: Array | None,
+    algorithm: str,
+    backend: str,
+    tolerance: float,
+) -> Array:
+    op = f"conv{n}d"
+    _check_arrays(op, input=input, weight=weight, bias=bias, residual=residual)
+    if len(weight.shape) != n + 2:
+        raise GeometryError(f"{op}: weight must have {n + 2} dimensions, got shape {tuple(weight.shape)}")
+    geometry = Geometry.of(input.shape, weight.shape, stride, padding, dilation, groups, op=op)
+    unbatched = len(input.shape) == n + 1
+    if unbatched:
+        input, residual = input[None], None if residual is None else residual[None]
+    _check_extras(op, geometry.out_channels, geometry.y_shape, bias, residual)
+    epilogue = Epilogue(bias is not None, activation, residual is not None)
+    if is_tensor(input):
+        from . import torch_ops
+
+        y = torch_ops.conv(input, weight, bias, geometry, epilogue, residual, algorithm, backend, tolerance)
+    else:
+        plan = planner.plan(
+            geometry,
+            dtype=str(input.dtype),
+            epilogue=epilogue,
+            layout=layout_of(input),
+            algorithm=algorithm,
+            backend=backend,
+            tolerance=tolerance,
+        )
+        y = execute(plan, input, pack(plan, weight), bias, residual)
+    return y[0] if unbatched else y
+
+
+def separable_block(
+    input: Array,
+    temporal_weight: Array,
+    depthwise_weight: Array,
+    pointwise_weight: Array,
+    biases: Sequence[Array | None] = (None, None, None),
+    activations: Sequence[str] = ("none", "none", "none"),
+    residual: Array | None = None,
+    stride: Any = 1,
+    padding: Any = "same",
+    *,
+    backend: str = "auto",
+    tolerance: float = planner.DEFAULT_TOLERANCE,
+) -> Array:
+    """A fully separable block by the hybrid fast algorithm, in one pass.
+
+    input             (N, C, T, H, W), or without a batch
+    temporal_weight   (M, C, KT, 1, 1)
+    depthwise_weight  (M, 1, 1, KH, KW)
+    pointwise_weight  (K, M, 1, 1, 1)
+    biases            (M,), (M,), (K,), each may be None; activations: one per stage
+    residual          (N, K, OT, OH, OW) or None, added before the last activation
+    stride, padding   per (T, H, W): time in the first stage, space in the second; 'same' with a stride means k // 2
+
+    Equivalent to `conv3d` three times, each with its bias and activation. Raises as `conv3d` does.
+    """
+    op = "separable_block"
+    weights = (temporal_weight, depthwise_weight, pointwise_weight)
+    if len(biases) != 3 or len(activations) != 3:
+        raise GeometryError(f"{op}: needs three biases and three activations, got {len(biases)} and {len(activations)}")
+    named = {f"{name}_weight": w for name, w in zip(("temporal", "depthwise", "pointwise"), weights, strict=True)}
+    _check_arrays(op, input=input, **named, residual=residual, **{f"bias {i}": b for i, b in enumerate(biases)})
+    geometry = SeparableGeometry.of(input.shape, *(w.shape for w in weights), stride, padding, op=op)
+    unbatched = len(input.shape) == 4
+    if unbatched:
+        input, residual = input[None], None if residual is None else residual[None]
+    for stage, bias in zip(geometry.stages, biases, strict=True):
+        last = stage is geometry.pointwise
+        _check_extras(op, stage.out_channels, stage.y_shape, bias, residual if last else None)
+    epilogue = (
+        Epilogue(biases[0] is not None, activations[0]),
+        Epilogue(biases[1] is not None, activations[1]),
+        Epilogue(biases[2] is not None, activations[2], residual is not None),
+    )
+    if is_tensor(input):
+        from . import torch_ops
+
+        y = torch_ops.separable_block(input, weights, biases, geometry, epilogue, residual, backend, tolerance)
+    else:
+        plan = planner.plan(
+            geometry,
+            dtype=str(input.dtype),
+            epilogue=epilogue,
+            layout=layout_of(input),
+            backend=backend,
+            tolerance=tolerance,
+        )
+        y = execute(plan, input, pack(plan, weights), tuple(biases), residual)
+    return y[0] if unbatched else y
+
+
+@dataclass(frozen=True)
+class State:
+    """What a continual convolution remembers; both arrays are written in place by `continual_step`.
+
+    frames  (N, C, L, *frame), the last L = dilation * (KT - 1) frames of each stream, as a ring
+    steps   (N,) int64, frames seen by each stream; the next frame goes to slot steps % L
+    """
+
+    frames: Array
+    steps: Array
+
+
+def continual_state(input: Array, weight: Array, dilation: Any = 1) -> State:
+    """An empty state for streams of frames like `input`: zeros, as if zero frames had come before.
+
+    input   (N, C, *frame), an example frame: its shape, precision, layout and kind are taken
+    weight  (K, C / groups, KT, *kernel)
+    """
+    op = "continual_state"
+    _check_arrays(op, input=input, weight=weight)
+    n = len(weight.shape) - 2
+    if len(input.shape) != n + 1:
+        raise GeometryError(f"{op}: input must have {n + 1} dimensions (N, C, *frame), got shape {tuple(input.shape)}")
+    d = dilation[0] if isinstance(dilation, Sequence) else dilation
+    shape = (input.shape[0], input.shape[1], d * (weight.shape[2] - 1), *input.shape[2:])
+    if is_tensor(input):
+        from . import torch_ops
+
+        return State(*torch_ops.new_state(shape, input))
+    frames = _empty(shape, input.dtype, layout_of(input))
+    frames[...] = 0
+    return State(frames, np.zeros(shape[0], np.int64))
+
+
+def continual_step(
+    input: Array,
+    state: State,
+    weight: Array,
+    bias: Array | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    *,
+    activation: str = "none",
+    residual: Array | None = None,
+    backend: str = "auto",
+) -> Array:
+    """One frame in, one output column out; `state` is written in place.
+
+    input     (N, C, *frame), the next frame of N streams; *frame is (H, W), (W,) or nothing
+    state     from `continual_state`
+    weight    (K, C / groups, KT, *kernel)
+    stride, padding, dilation: as for the convolution over the whole stream (an int, or one per axis, time first);
+              the temporal stride must be 1 and the temporal padding 0
+    residual  (N, K, *out_frame) or None
+    result    (N, K, *out_frame)
+
+    Equivalent to column t of `conv3d(stream, weight, bias, ...)` with L = dilation * (KT - 1) zero frames in front.
+    Raises as `conv3d` does; state and output are then untouched.
+    """
+    op = "continual_step"
+    _check_arrays(op, input=input, state=state.frames, weight=weight, bias=bias, residual=residual)
+    geometry = _window_geometry(op, input, state, weight, stride, padding, dilation, groups)
+    _check_extras(op, geometry.out_channels, (*geometry.y_shape[:2], *geometry.y_shape[3:]), bias, residual)
+    tensor = is_tensor(input)
+    layout = _state_layout(op, state.frames)
+    plan = planner.plan(
+        geometry,
+        dtype=str(input.dtype).removeprefix("torch."),
+        device=input.device.type if tensor else "cpu",
+        epilogue=Epilogue(bias is not None, activation, residual is not None),
+        layout=layout,
+        backend=backend,
+        continual=True,
+    )
+    if tensor:
+        from . import torch_ops
+
+        return torch_ops.continual_step(plan, input, state, weight, bias, residual)
+    y = _empty((*geometry.y_shape[:2], *geometry.y_shape[3:]), input.dtype, layout)
+    run_step(plan, input, pack(plan, weight), bias, residual, state, y)
+    return y
+
+
+def _window_geometry(op, input, state, weight, stride, padding, dilation, groups) -> Geometry:
+    """The geometry of one output column; checks the state against it."""
+    n = len(weight.shape) - 2
+    ring = tuple(state.frames.shape)
+    if len(input.shape) != n + 1:
+        raise GeometryError(f"{op}: input must have {n + 1} dimensions (N, C, *frame), got shape {tuple(input.shape)}")
+    frame = tuple(input.shape)
+    first = Geometry.of((*frame[:2], 1 << 30, *frame[2:]), weight.shape, stride, padding, dilation, groups, op=op)
+    if first.stride[0] != 1:
+        raise UnsupportedError(f"{op}: temporal stride must be 1, got {first.stride[0]}")
+    if first.padding[0] != (0, 0):
+        raise GeometryError(
+            f"{op}: temporal padding must be 0, got {first.padding[0][0]}; the state stands in front of the stream"
+        )
+    want = (*frame[:2], first.span[0] - 1, *frame[2:])
+    if ring != want:
+        raise GeometryError(f"{op}: state frames must have shape {want}, got {ring}")
+    if tuple(state.steps.shape) != frame[:1] or str(state.steps.dtype).removeprefix("torch.") != "int64":
+        raise GeometryError(f"{op}: state steps must be int64 of shape {frame[:1]}, got {state.steps.dtype} {tuple(state.steps.shape)}")  # fmt: skip
+    return replace(first, in_size=(first.span[0], *frame[2:]))
+
+
+def _state_layout(op: str, frames: Array) -> str:
+    layout = dense_layout(frames)
+    if layout is None:
+        raise GeometryError(f"{op}: state frames must be dense, contiguous or channels last; a strided view is not")
+    return layout
+
+
+def pack(plan: Plan, weights: Any) -> Any:
+    """Weights in the form a plan's kernel reads; NumPy arrays, or tensors for the torch backend."""
+    return backends.kernel(plan.family, plan.backend).prepack(weights, plan)
+
+
+def execute(plan: Plan, x: Array, packed: Any, bias: Any, residual: Array | None) -> Array:
+    """Run a winograd, depthwise, grouped or hfa plan on NumPy arrays; allocates and returns y.
+
+    x and residual may have any strides; they are copied to plan.layout if they are not dense in it.
+    """
+    y = _empty(plan.geometry.y_shape, x.dtype, plan.layout)
+    run(plan, x, packed, bias, residual, y)
+    return y
+
+
+def run(plan: Plan, x: np.ndarray, packed: Any, bias: Any, residual: np.ndarray | None, y: np.ndarray) -> None:
+    """`execute` into a y that is dense in plan.layout."""
+    if not y.size:
+        return
+    module = backends.kernel(plan.family, plan.backend)
+    x, residual = _dense(x, plan.layout), _dense(residual, plan.layout)
+    module.run(plan, x, packed, bias, residual, y, _workspace(module.workspace_size(plan), y.dtype))
+
+
+def run_step(plan: Plan, x, packed, bias, residual, state: State, y) -> None:
+    """One step of a continual plan on NumPy arrays; writes y and state."""
+    if not x.shape[0]:
+        return
+    module = backends.kernel(plan.family, plan.backend)
+    x, residual = _dense(x, plan.layout), _dense(residual, plan.layout)
+    scratch = _workspace(module.workspace_size(plan), y.dtype)
+    module.run(plan, x, packed, bias, residual, state.frames, state.steps, y, scratch)
+
+
+def is_tensor(array: Any) -> bool:
+    """Whether this is a PyTorch tensor, without importing PyTorch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(array, torch.Tensor)
+
+
+def dense_layout(array: Array) -> str | None:
+    """The layout an array (N, C, *size) is dense in; None if it has gaps. Contiguous where both hold."""
+    size = array.shape[2:]
+    if is_tensor(array):
+        plain, last = array.is_contiguous(), array.movedim(1, -1).is_contiguous()
+    else:
+        plain = array.flags.c_contiguous
+        last = np.moveaxis(array, 1, -1).flags.c_contiguous
+    if plain and last and prod(size) == 1:
+        return CHANNELS_LAST  # both orders are the same memory
+    return CONTIGUOUS if plain else CHANNELS_LAST if last else None
+
+
+def layout_of(array: Array) -> str:
+    """The layout to compute in: the array's own, or contiguous for a view with gaps."""
+    return dense_layout(array) or CONTIGUOUS
+
+
+def _dense(array: np.ndarray | None, layout: str) -> np.ndarray | None:
+    """The array itself if it is dense in the layout, else a copy that is."""
+    if array is None:
+        return None
+    if layout == CONTIGUOUS:
+        return np.ascontiguousarray(array)
+    return np.moveaxis(np.ascontiguousarray(np.moveaxis(array, 1, -1)), -1, 1)
+
+
+def _empty(shape: tuple[int, ...], dtype: Any, layout: str) -> np.ndarray:
+    if layout == CONTIGUOUS:
+        return np.empty(shape, dtype)
+    return np.moveaxis(np.empty((shape[0], *shape[2:], shape[1]), dtype), -1, 1)
+
+
+def _workspace(size: int, dtype: Any) -> np.ndarray:
+    """Scratch of this thread, kept between calls: fresh pages would cost more than many kernels."""
+    nbytes = size * np.dtype(dtype).itemsize
+    held = getattr(_scratch, "buffer", None)
+    if held is None or held.nbytes < nbytes:
+        held = _scratch.buffer = np.empty(-(-nbytes // 64) * 8 + 8, np.float64)
+    offset = -held.ctypes.data % 64
+    return held.view(np.uint8)[offset : offset + nbytes].view(dtype)
+
+
+def _check_arrays(op: str, **arrays: Array | None) -> None:
+    """One kind, one supported precision, one device for all arrays of a call."""
+    given = {name: a for name, a in arrays.items() if a is not None}
+    (first, x), *rest = given.items()
+    tensor = is_tensor(x)
+    for name, a in given.items():
+        if not isinstance(a, np.ndarray) and not is_tensor(a):
+            raise UnsupportedError(f"{op}: {name} must be a NumPy array or a PyTorch tensor, got {type(a).__name__}")
+        if is_tensor(a) != tensor:
+            raise UnsupportedError(f"{op}: {first} and {name} must both be NumPy arrays or both PyTorch tensors")
+        if tensor and (str(a.layout) != "torch.strided" or a.is_quantized):
+            raise UnsupportedError(f"{op}: {name} must be a dense tensor, got layout {a.layout}")
+    allowed = TORCH_DTYPES if tensor else NUMPY_DTYPES
+    dtype = str(x.dtype).removeprefix("torch.")
+    if dtype not in allowed:
+        raise UnsupportedError(f"{op}: dtype {dtype} is not supported; use one of {', '.join(allowed)}")
+    for name, a in rest:
+        if a.dtype != x.dtype:
+            other = str(a.dtype).removeprefix("torch.")
+            raise UnsupportedError(f"{op}: {first} has dtype {dtype}, but {name} has {other}")
+        if tensor and a.device != x.device:
+            raise UnsupportedError(f"{op}: {first} is on device {x.device}, but {name} is on {a.device}")
+
+
+def _check_extras(op: str, channels: int, y_shape: tuple[int, ...], bias: Array | None, residual: Array | None) -> None:
+    if bias is not None and tuple(bias.shape) != (channels,):
+        raise GeometryError(f"{op}: bias must have shape ({channels},), got {tuple(bias.shape)}")
+    if residual is not None and tuple(residual.shape) != y_shape:
+        raise GeometryError(f"{op}: residual must have the result's shape {y_shape}, got {tuple(residual.shape)}")

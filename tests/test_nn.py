@@ -1,0 +1,141 @@
+"""Modules in place of PyTorch's, and whole models rewritten: same state dict, same outputs, nothing else touched."""
+
+import copy
+import pickle
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import fastconv  # noqa: E402  (after the skip)
+from fastconv import zoo  # noqa: E402
+from fastconv.errors import GeometryError, UnsupportedError  # noqa: E402
+
+nn = torch.nn
+
+
+def close(got, want):
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * max(1.0, float(want.detach().abs().max())))
+
+
+MODULES = [
+    ("Conv1d", (2, 4, 9), dict(kernel_size=3, padding="same")),
+    ("Conv2d", (2, 4, 9, 8), dict(kernel_size=(3, 2), stride=2, padding=1, padding_mode="reflect")),
+    ("Conv3d", (2, 4, 5, 9, 8), dict(kernel_size=3, groups=2, dilation=2, padding=2)),
+    ("Conv3d", (4, 5, 9, 8), dict(kernel_size=(3, 1, 1), bias=False)),
+]
+
+
+@pytest.mark.parametrize(("name", "shape", "options"), MODULES)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_module_is_pytorchs(name, shape, options, channels_last):
+    torch.manual_seed(0)
+    theirs = getattr(nn, name)(4, 6, **options)
+    ours = getattr(fastconv.nn, name)(4, 6, channels_last=channels_last, **options)
+    assert ours.load_state_dict(theirs.state_dict()).missing_keys == []
+    x = torch.randn(shape)
+    close(ours(x), theirs(x))
+    with torch.no_grad():
+        close(ours(x), theirs(x))
+    again = pickle.loads(pickle.dumps(copy.deepcopy(ours)))
+    close(again(x), theirs(x))
+    assert ours.extra_repr() == theirs.extra_repr()
+
+
+def test_convert_shares_parameters_and_hooks():
+    theirs, called = nn.Conv3d(2, 3, 3), []
+    theirs.register_forward_hook(lambda *_: called.append(1))
+    ours = fastconv.nn.Conv3d.convert(theirs)
+    assert ours.weight is theirs.weight
+    ours(torch.randn(1, 2, 4, 4, 4))
+    assert called == [1]
+
+
+def test_module_training_step():
+    torch.manual_seed(0)
+    theirs = nn.Conv3d(3, 4, 3, padding=1)
+    ours = fastconv.nn.Conv3d.convert(copy.deepcopy(theirs))
+    x = torch.randn(1, 3, 4, 6, 6)
+    for module in (theirs, ours):
+        optimiser = torch.optim.SGD(module.parameters(), lr=0.1)
+        for _ in range(3):
+            optimiser.zero_grad()
+            module(x).square().mean().backward()
+            optimiser.step()
+    close(ours.weight, theirs.weight)
+    with torch.no_grad():
+        close(ours(x), theirs(x))
+
+
+def test_module_says_what_is_wrong():
+    with pytest.raises(GeometryError, match="weight expects 2 input channels per group, input has 3 channels"):
+        fastconv.nn.Conv3d(2, 3, 3)(torch.randn(1, 3, 4, 4, 4))
+
+
+class Residual(nn.Module):
+    """A small model with what rewriting must respect: a shared layer, a derived class, a transposed layer, `view`."""
+
+    class Own(nn.Conv3d):
+        pass
+
+    def __init__(self, view: bool):
+        super().__init__()
+        self.first = nn.Conv3d(3, 8, 3, padding=1)
+        self.shared = nn.Conv3d(8, 8, (3, 1, 1), padding=(1, 0, 0))
+        self.alias = self.shared
+        self.own = self.Own(8, 8, 1)
+        self.up = nn.ConvTranspose3d(8, 8, 1)
+        self.view = view
+
+    def forward(self, x):
+        x = torch.relu(self.first(x))
+        x = x + self.alias(self.shared(x))
+        x = self.up(self.own(x))
+        return {"y": x.view(x.shape[0], -1) if self.view else x.flatten(1), "shape": x.shape}
+
+
+@pytest.mark.parametrize("view", [False, True])
+def test_accelerate_a_model_nobody_here_wrote(view):
+    torch.manual_seed(0)
+    model, x = Residual(view).eval(), torch.randn(1, 3, 6, 9, 10)
+    with torch.no_grad():
+        before = model(x)
+        new, report = fastconv.accelerate(model, x)
+        after = new(x)
+    close(after["y"], before["y"])
+    assert type(model.first) is nn.Conv3d
+    assert new.first.weight is model.first.weight
+    assert new.shared is new.alias
+    assert new.state_dict().keys() == model.state_dict().keys()
+    assert report.error <= report.allowed
+    assert report.channels_last is not view
+    reasons = {layer.name: layer.reason for layer in report.layers if layer.plan is None}
+    assert reasons == {"own": "not PyTorch's own class", "up": "transposed convolution"}
+    assert [layer.name for layer in report.layers] == ["first", "shared", "shared", "own", "up"]
+    assert "3 of 5 convolutions replaced" in str(report)
+
+
+@pytest.mark.parametrize(("name", "size"), [("x3d_xs", (4, 64, 64)), ("c3d", (16, 32, 32))])
+def test_accelerate_the_zoo(name, size):
+    options = {"clip": size, "num_classes": 11} if name == "c3d" else {}
+    model = zoo.build(name, **options).eval()
+    x = torch.randn(1, 3, *size)
+    new, report = fastconv.accelerate(model, x)
+    assert all(layer.plan is not None for layer in report.layers)
+    assert report.error <= report.allowed
+    with torch.no_grad():
+        assert torch.equal(new(x), new(x))
+
+
+def test_accelerate_refuses_training_mode():
+    with pytest.raises(UnsupportedError, match=r"the model is in training mode; call model.eval\(\) first"):
+        fastconv.accelerate(Residual(False), torch.randn(1, 3, 6, 9, 10))
+
+
+def test_accelerate_refuses_loudly_beyond_the_bound(monkeypatch):
+    from fastconv.torch_kernels import grouped
+
+    right = grouped.convolve
+    monkeypatch.setattr(grouped, "convolve", lambda *a: right(*a) * 1.001)
+    with pytest.raises(UnsupportedError, match="accelerate: the error of the outputs is"):
+        fastconv.accelerate(nn.Sequential(nn.Conv3d(2, 2, 3)).eval(), torch.randn(1, 2, 5, 5, 5), backend="torch")
