@@ -1,8 +1,9 @@
-"""What a plan should cost: a model with measured constants, used to rank candidates and for nothing else.
+"""What a plan should cost: a model with measured constants, used to rank candidates and for nothing
+else.
 
-Time is the longer of computing (element-wise multiplications, plus transform operations) and moving memory, plus the cost
-of a call. Rates are per thread of an AVX-512 server CPU (`bench/calibrate.py` measures them); on other CPUs all of them
-shrink together and the ranking holds.
+Time is the longer of computing (element-wise multiplications, plus transform operations) and moving
+memory, plus the cost of a call. Rates are per thread of an AVX-512 server CPU (`bench/calibrate.py`
+measures them); on other CPUs all of them shrink together and the ranking holds.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from .plan import CONTIGUOUS, Plan
 
 @dataclass(frozen=True)
 class Rate:
-    """multiplications and transform operations per nanosecond and thread, bytes per nanosecond, cost of a call."""
+    """multiplications and transform operations per nanosecond and thread, bytes per nanosecond,
+    cost of a call."""
 
     multiplications: float
     transforms: float = 1.0
@@ -38,7 +40,8 @@ FAST = {
 }
 # The definition in NumPy, and backends without measurements yet.
 SLOW = Rate(0.5, 0.05, 1.0, 0.2)
-# oneDNN's grouped convolution with few channels per group, and the framework's reorder of contiguous arrays.
+# oneDNN's grouped convolution with few channels per group, and the framework's reorder of
+# contiguous arrays.
 TORCH_SMALL_GROUPS = 40.0
 LAYOUT_BYTES = 8.0
 
@@ -55,8 +58,12 @@ def estimate_ms(plan: Plan) -> float:
     per_ns = rate.multiplications
     if plan.backend == "torch" and isinstance(plan.geometry, Geometry) and plan.geometry.groups > 1:
         per_ns = min(per_ns, TORCH_SMALL_GROUPS)
-    operations = counts.transform_additions + counts.transform_shifts + counts.transform_multiplications
-    compute = (float(counts.multiplications) / per_ns + float(operations) / rate.transforms) / threads
+    operations = (
+        counts.transform_additions + counts.transform_shifts + counts.transform_multiplications
+    )
+    compute = (
+        float(counts.multiplications) / per_ns + float(operations) / rate.transforms
+    ) / threads
     memory = (counts.activation_bytes + counts.weight_bytes) / rate.bytes
     if plan.layout == CONTIGUOUS:
         memory += 2 * counts.activation_bytes / LAYOUT_BYTES

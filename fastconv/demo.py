@@ -1,4 +1,5 @@
-"""`python -m fastconv demo`: a real clip through a network twice, on PyTorch's convolutions and on ours."""
+"""`python -m fastconv demo`: a real clip through a network twice, on PyTorch's convolutions and on
+ours."""
 
 from __future__ import annotations
 
@@ -44,9 +45,13 @@ def run(args: argparse.Namespace) -> int:
     """The command; 0 if the outputs agree within the stated bound, else 1."""
     for package, title in (("torch", "PyTorch"), ("tqdm", "tqdm")):
         if not backends.installed(package):
-            raise BackendError(f"the demo needs {title}, which is not installed: pip install 'fastconv[demo]'")
+            raise BackendError(
+                f"the demo needs {title}, which is not installed: pip install 'fastconv[demo]'"
+            )
     if args.network not in PREPROCESSING:
-        raise UnsupportedError(f"unknown network {args.network!r}. Known: {', '.join(sorted(PREPROCESSING))}")
+        raise UnsupportedError(
+            f"unknown network {args.network!r}. Known: {', '.join(sorted(PREPROCESSING))}"
+        )
     clip, path = _clip(args)
     import torch
 
@@ -79,7 +84,10 @@ def _compare(args: argparse.Namespace, clip: Clip, path: Path, step: Callable[[s
     ours, report = accelerate(network, x, backend=args.backend)
     names = [layer.name for layer in report.layers]
     totals: dict[str, list[float]] = {"torch": [], "ours": []}
-    per_layer: dict[str, dict[str, list[float]]] = {"torch": defaultdict(list), "ours": defaultdict(list)}
+    per_layer: dict[str, dict[str, list[float]]] = {
+        "torch": defaultdict(list),
+        "ours": defaultdict(list),
+    }
     for i in range(REPEATS + 1):
         step(f"timing, run {i} of {REPEATS}" if i else "warming up")
         for who, model in (("torch", peer), ("ours", ours)):
@@ -128,28 +136,62 @@ def _rows(report: Report, per_layer: dict[str, dict[str, list[float]]]) -> list[
         plan = layer.plan
         if plan is not None:
             times = (median(per_layer[who][layer.name]) for who in ("torch", "ours"))
-            facts = (describe(plan), plan.algorithm, plan.backend, plan.geometry.macs, multiplications(plan))
+            facts = (
+                describe(plan),
+                plan.algorithm,
+                plan.backend,
+                plan.geometry.macs,
+                multiplications(plan),
+            )
             rows.append(Row(layer.name, *facts, *times))
     return rows
 
 
 def _table(rows: list[Row]) -> list[str]:
-    """One line per layer and one in total; a fast algorithm's share of the direct multiplications in percent."""
-    cells = [("layer", "geometry", "algorithm", "backend", "direct", "actual", "", "torch ms", "ours ms", "ratio")]
+    """One line per layer and one in total; a fast algorithm's share of the direct multiplications
+    in percent."""
+    cells = [
+        (
+            "layer",
+            "geometry",
+            "algorithm",
+            "backend",
+            "direct",
+            "actual",
+            "",
+            "torch ms",
+            "ours ms",
+            "ratio",
+        )
+    ]
     total = Row(
         "convolutions", "", "", "", *(sum(getattr(r, a) for r in rows) for a in ("direct", "multiplications")),
         *(sum(getattr(r, a) for r in rows) for a in ("torch_ms", "ours_ms")),
     )  # fmt: skip
     for r in (*rows, total):
         share = f"{100 * r.multiplications / r.direct:.0f}%"
-        numbers = (f"{r.direct:,}", f"{r.multiplications:,}", share, f"{r.torch_ms:.2f}", f"{r.ours_ms:.2f}")
-        cells.append((r.name, r.geometry, r.algorithm, r.backend, *numbers, f"{r.torch_ms / r.ours_ms:.2f}"))
+        numbers = (
+            f"{r.direct:,}",
+            f"{r.multiplications:,}",
+            share,
+            f"{r.torch_ms:.2f}",
+            f"{r.ours_ms:.2f}",
+        )
+        cells.append(
+            (r.name, r.geometry, r.algorithm, r.backend, *numbers, f"{r.torch_ms / r.ours_ms:.2f}")
+        )
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return ["  ".join(c.ljust(w) if i < 4 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in cells]  # fmt: skip
 
 
 def _summary(
-    network: str, clip: Clip, path: Path, report: Report, totals: dict[str, list[float]], want: Tensor, got: Tensor
+    network: str,
+    clip: Clip,
+    path: Path,
+    report: Report,
+    totals: dict[str, list[float]],
+    want: Tensor,
+    got: Tensor,
 ) -> Iterator[str]:
     import torch
 
@@ -169,7 +211,9 @@ def _progress() -> Iterator[Callable[[str], None]]:
     """A bar on stderr, one tick per stage; `step(text)` names the stage that begins."""
     from tqdm import tqdm
 
-    with tqdm(total=REPEATS + 3, file=sys.stderr, bar_format="{bar:24} {elapsed} {desc}", leave=False) as bar:
+    with tqdm(
+        total=REPEATS + 3, file=sys.stderr, bar_format="{bar:24} {elapsed} {desc}", leave=False
+    ) as bar:
 
         def step(text: str) -> None:
             bar.set_description_str(text)

@@ -11,7 +11,8 @@ ACTIVATIONS = ("none", "relu", "silu", "hardswish", "sigmoid")
 
 @dataclass(frozen=True)
 class Epilogue:
-    """`y = activation(conv + bias + residual)`; residual has the shape of y and is added before the activation.
+    """`y = activation(conv + bias + residual)`; residual has the shape of y and is added before the
+    activation.
 
     none: z;  relu: max(z, 0);  silu: z * sigmoid(z);  hardswish: z * min(max(z + 3, 0), 6) / 6;
     sigmoid: 1 / (1 + exp(-z)).  NaN stays NaN under each of them.

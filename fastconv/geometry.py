@@ -1,7 +1,7 @@
 """What is convolved with what: the only validation and the only extent formula of the library.
 
-Every public call passes through `Geometry.of` (or `SeparableGeometry.of`) before anything is allocated or written;
-kernels downstream trust what they are given.
+Every public call passes through `Geometry.of` (or `SeparableGeometry.of`) before anything is
+allocated or written; kernels downstream trust what they are given.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class Geometry:
         *,
         op: str | None = None,
     ) -> Geometry:
-        """Validate the arguments of a convolution; they mean what they mean in `torch.nn.functional.conv3d`.
+        """Validate the arguments of a convolution; they mean what they mean in
+        `torch.nn.functional.conv3d`.
 
         x_shape: (N, C, *size) or, without a batch, (C, *size)
         w_shape: (K, C / groups, *kernel)
@@ -121,7 +122,8 @@ class Geometry:
     @property
     def out_size(self) -> tuple[int, ...]:
         return tuple(
-            (p - s) // st + 1 for p, s, st in zip(self.padded_size, self.span, self.stride, strict=True)
+            (p - s) // st + 1
+            for p, s, st in zip(self.padded_size, self.span, self.stride, strict=True)
         )
 
     @property
@@ -142,16 +144,19 @@ class Geometry:
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates of the direct algorithm; taps on padding are counted, as the papers do."""
+        """Multiply-accumulates of the direct algorithm; taps on padding are counted, as the papers
+        do."""
         return prod(self.y_shape) * (self.in_channels // self.groups) * self.taps
 
     @property
     def is_depthwise(self) -> bool:
-        """Every output channel reads one input channel (channel multiplier out_channels / groups >= 1)."""
+        """Every output channel reads one input channel (channel multiplier out_channels / groups >=
+        1)."""
         return self.groups == self.in_channels
 
     def lifted(self) -> Geometry:
-        """The same convolution over three axes: missing leading axes become size 1 with kernel 1."""
+        """The same convolution over three axes: missing leading axes become size 1 with kernel
+        1."""
         k = 3 - self.n
         ones = (1,) * k
         return replace(
@@ -166,7 +171,8 @@ class Geometry:
 
 @dataclass(frozen=True)
 class SeparableGeometry:
-    """A fully separable block: temporal K x 1 x 1 (dense), depthwise 1 x R x S, pointwise 1 x 1 x 1, in this order."""
+    """A fully separable block: temporal K x 1 x 1 (dense), depthwise 1 x R x S, pointwise 1 x 1 x
+    1, in this order."""
 
     temporal: Geometry
     depthwise: Geometry
@@ -184,7 +190,8 @@ class SeparableGeometry:
         *,
         op: str = "separable_block",
     ) -> SeparableGeometry:
-        """Validate a block; temporal stride and padding act on the first stage, spatial ones on the second.
+        """Validate a block; temporal stride and padding act on the first stage, spatial ones on the
+        second.
 
         x_shape: (N, C, T, H, W) or (C, T, H, W)
         temporal_shape: (M, C, KT, 1, 1)
@@ -196,7 +203,9 @@ class SeparableGeometry:
         """
         wt, wd, wp = (
             _stage_shape(op, name, shape)
-            for name, shape in zip(_STAGES, (temporal_shape, depthwise_shape, pointwise_shape), strict=True)
+            for name, shape in zip(
+                _STAGES, (temporal_shape, depthwise_shape, pointwise_shape), strict=True
+            )
         )
         if wd[0] != wt[0] or wp[1] != wt[0]:
             raise GeometryError(
@@ -286,21 +295,33 @@ def _per_axis(op: str, name: str, value: Any, n: int, least: int) -> tuple[int, 
 
 
 def _padding(
-    op: str, padding: Any, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
+    op: str,
+    padding: Any,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
 ) -> tuple[Pair, ...]:
     n = len(kernel)
     if isinstance(padding, str):
         if padding == "valid":
             return ((0, 0),) * n
         if padding != "same":
-            raise GeometryError(f"{op}: padding must be 'same', 'valid', an int or {n} ints, got {padding!r}")
+            raise GeometryError(
+                f"{op}: padding must be 'same', 'valid', an int or {n} ints, got {padding!r}"
+            )
         if any(s != 1 for s in stride):
-            raise GeometryError(f"{op}: padding 'same' needs stride 1 on every axis, got stride {stride}")
+            raise GeometryError(
+                f"{op}: padding 'same' needs stride 1 on every axis, got stride {stride}"
+            )
         # As in PyTorch, an odd total puts the extra zero behind.
         totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
         return tuple((total // 2, total - total // 2) for total in totals)
     if isinstance(padding, Sequence) and any(isinstance(p, Sequence) for p in padding):
         if len(padding) != n or any(not isinstance(p, Sequence) or len(p) != 2 for p in padding):
-            raise GeometryError(f"{op}: padding pairs must be {n} times (before, after), got {tuple(padding)}")
-        return tuple((_integer(op, "padding", a, 0), _integer(op, "padding", b, 0)) for a, b in padding)
+            raise GeometryError(
+                f"{op}: padding pairs must be {n} times (before, after), got {tuple(padding)}"
+            )
+        return tuple(
+            (_integer(op, "padding", a, 0), _integer(op, "padding", b, 0)) for a, b in padding
+        )
     return tuple((p, p) for p in _per_axis(op, "padding", padding, n, 0))

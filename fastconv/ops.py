@@ -1,4 +1,5 @@
-"""The functions people call, on NumPy arrays or PyTorch tensors: checks at the door, then plan, pack, run.
+"""The functions people call, on NumPy arrays or PyTorch tensors: checks at the door, then plan,
+pack, run.
 
 This module owns every allocation: output, workspace and packed weights. Kernels own nothing.
 """
@@ -41,8 +42,23 @@ def conv1d(
     backend: str = "auto",
     tolerance: float = planner.DEFAULT_TOLERANCE,
 ) -> Array:
-    """1D convolution: input (N, C, T), weight (K, C / groups, KT), result (N, K, OT). See `conv3d`."""
-    return _conv(1, input, weight, bias, stride, padding, dilation, groups, activation=activation, residual=residual, algorithm=algorithm, backend=backend, tolerance=tolerance)
+    """1D convolution: input (N, C, T), weight (K, C / groups, KT), result (N, K, OT). See
+    `conv3d`."""
+    return _conv(
+        1,
+        input,
+        weight,
+        bias,
+        stride,
+        padding,
+        dilation,
+        groups,
+        activation=activation,
+        residual=residual,
+        algorithm=algorithm,
+        backend=backend,
+        tolerance=tolerance,
+    )
 
 
 def conv2d(
@@ -60,8 +76,23 @@ def conv2d(
     backend: str = "auto",
     tolerance: float = planner.DEFAULT_TOLERANCE,
 ) -> Array:
-    """2D convolution: input (N, C, H, W), weight (K, C / groups, KH, KW), result (N, K, OH, OW). See `conv3d`."""
-    return _conv(2, input, weight, bias, stride, padding, dilation, groups, activation=activation, residual=residual, algorithm=algorithm, backend=backend, tolerance=tolerance)
+    """2D convolution: input (N, C, H, W), weight (K, C / groups, KH, KW), result (N, K, OH, OW).
+    See `conv3d`."""
+    return _conv(
+        2,
+        input,
+        weight,
+        bias,
+        stride,
+        padding,
+        dilation,
+        groups,
+        activation=activation,
+        residual=residual,
+        algorithm=algorithm,
+        backend=backend,
+        tolerance=tolerance,
+    )
 
 
 def conv3d(
@@ -91,13 +122,28 @@ def conv3d(
     residual    an array of the result's shape, added before the activation
     algorithm   'auto', 'direct', 'winograd', 'depthwise' or 'grouped'
     backend     'auto', 'reference', 'numba', 'c', 'triton' or 'torch'
-    tolerance   largest expected error, as a multiple of a direct sum's in the same precision (default 4)
+    tolerance   largest expected error, as a multiple of a direct sum's in the same precision
+                (default 4)
 
-    Equivalent to: `torch.nn.functional.conv3d(input, weight, bias, stride, padding, dilation, groups)`
-    Raises GeometryError for shapes that do not fit, UnsupportedError for valid requests nobody serves, BackendError for
-    a backend that is not available.
+    Equivalent to: `torch.nn.functional.conv3d(input, weight, bias, stride, padding, dilation,
+    groups)` Raises GeometryError for shapes that do not fit, UnsupportedError for valid requests
+    nobody serves, BackendError for a backend that is not available.
     """
-    return _conv(3, input, weight, bias, stride, padding, dilation, groups, activation=activation, residual=residual, algorithm=algorithm, backend=backend, tolerance=tolerance)
+    return _conv(
+        3,
+        input,
+        weight,
+        bias,
+        stride,
+        padding,
+        dilation,
+        groups,
+        activation=activation,
+        residual=residual,
+        algorithm=algorithm,
+        backend=backend,
+        tolerance=tolerance,
+    )
 
 
 def _conv(
@@ -119,7 +165,9 @@ def _conv(
     op = f"conv{n}d"
     _check_arrays(op, input=input, weight=weight, bias=bias, residual=residual)
     if len(weight.shape) != n + 2:
-        raise GeometryError(f"{op}: weight must have {n + 2} dimensions, got shape {tuple(weight.shape)}")
+        raise GeometryError(
+            f"{op}: weight must have {n + 2} dimensions, got shape {tuple(weight.shape)}"
+        )
     geometry = Geometry.of(input.shape, weight.shape, stride, padding, dilation, groups, op=op)
     unbatched = len(input.shape) == n + 1
     if unbatched:
@@ -129,7 +177,9 @@ def _conv(
     if is_tensor(input):
         from . import torch_ops
 
-        y = torch_ops.conv(input, weight, bias, geometry, epilogue, residual, algorithm, backend, tolerance)
+        y = torch_ops.conv(
+            input, weight, bias, geometry, epilogue, residual, algorithm, backend, tolerance
+        )
     else:
         plan = planner.plan(
             geometry,
@@ -166,17 +216,31 @@ def separable_block(
     pointwise_weight  (K, M, 1, 1, 1)
     biases            (M,), (M,), (K,), each may be None; activations: one per stage
     residual          (N, K, OT, OH, OW) or None, added before the last activation
-    stride, padding   per (T, H, W): time in the first stage, space in the second; 'same' with a stride means k // 2
+    stride, padding   per (T, H, W): time in the first stage, space in the second; 'same' with a
+                      stride means k // 2
 
     Equivalent to `conv3d` three times, each with its bias and activation. Raises as `conv3d` does.
     """
     op = "separable_block"
     weights = (temporal_weight, depthwise_weight, pointwise_weight)
     if len(biases) != 3 or len(activations) != 3:
-        raise GeometryError(f"{op}: needs three biases and three activations, got {len(biases)} and {len(activations)}")
-    named = {f"{name}_weight": w for name, w in zip(("temporal", "depthwise", "pointwise"), weights, strict=True)}
-    _check_arrays(op, input=input, **named, residual=residual, **{f"bias {i}": b for i, b in enumerate(biases)})
-    geometry = SeparableGeometry.of(input.shape, *(w.shape for w in weights), stride, padding, op=op)
+        raise GeometryError(
+            f"{op}: needs three biases and three activations, got {len(biases)} and {len(activations)}"
+        )
+    named = {
+        f"{name}_weight": w
+        for name, w in zip(("temporal", "depthwise", "pointwise"), weights, strict=True)
+    }
+    _check_arrays(
+        op,
+        input=input,
+        **named,
+        residual=residual,
+        **{f"bias {i}": b for i, b in enumerate(biases)},
+    )
+    geometry = SeparableGeometry.of(
+        input.shape, *(w.shape for w in weights), stride, padding, op=op
+    )
     unbatched = len(input.shape) == 4
     if unbatched:
         input, residual = input[None], None if residual is None else residual[None]
@@ -191,7 +255,9 @@ def separable_block(
     if is_tensor(input):
         from . import torch_ops
 
-        y = torch_ops.separable_block(input, weights, biases, geometry, epilogue, residual, backend, tolerance)
+        y = torch_ops.separable_block(
+            input, weights, biases, geometry, epilogue, residual, backend, tolerance
+        )
     else:
         plan = planner.plan(
             geometry,
@@ -227,7 +293,9 @@ def continual_state(input: Array, weight: Array, dilation: Any = 1) -> State:
     _check_arrays(op, input=input, weight=weight)
     n = len(weight.shape) - 2
     if len(input.shape) != n + 1:
-        raise GeometryError(f"{op}: input must have {n + 1} dimensions (N, C, *frame), got shape {tuple(input.shape)}")
+        raise GeometryError(
+            f"{op}: input must have {n + 1} dimensions (N, C, *frame), got shape {tuple(input.shape)}"
+        )
     d = dilation[0] if isinstance(dilation, Sequence) else dilation
     shape = (input.shape[0], input.shape[1], d * (weight.shape[2] - 1), *input.shape[2:])
     if is_tensor(input):
@@ -258,18 +326,20 @@ def continual_step(
     input     (N, C, *frame), the next frame of N streams; *frame is (H, W), (W,) or nothing
     state     from `continual_state`
     weight    (K, C / groups, KT, *kernel)
-    stride, padding, dilation: as for the convolution over the whole stream (an int, or one per axis, time first);
-              the temporal stride must be 1 and the temporal padding 0
+    stride, padding, dilation: as for the convolution over the whole stream (an int, or one per
+              axis, time first); the temporal stride must be 1 and the temporal padding 0
     residual  (N, K, *out_frame) or None
     result    (N, K, *out_frame)
 
-    Equivalent to column t of `conv3d(stream, weight, bias, ...)` with L = dilation * (KT - 1) zero frames in front.
-    Raises as `conv3d` does; state and output are then untouched.
+    Equivalent to column t of `conv3d(stream, weight, bias, ...)` with L = dilation * (KT - 1) zero
+    frames in front. Raises as `conv3d` does; state and output are then untouched.
     """
     op = "continual_step"
     _check_arrays(op, input=input, state=state.frames, weight=weight, bias=bias, residual=residual)
     geometry = _window_geometry(op, input, state, weight, stride, padding, dilation, groups)
-    _check_extras(op, geometry.out_channels, (*geometry.y_shape[:2], *geometry.y_shape[3:]), bias, residual)
+    _check_extras(
+        op, geometry.out_channels, (*geometry.y_shape[:2], *geometry.y_shape[3:]), bias, residual
+    )
     tensor = is_tensor(input)
     layout = _state_layout(op, state.frames)
     plan = planner.plan(
@@ -295,9 +365,13 @@ def _window_geometry(op, input, state, weight, stride, padding, dilation, groups
     n = len(weight.shape) - 2
     ring = tuple(state.frames.shape)
     if len(input.shape) != n + 1:
-        raise GeometryError(f"{op}: input must have {n + 1} dimensions (N, C, *frame), got shape {tuple(input.shape)}")
+        raise GeometryError(
+            f"{op}: input must have {n + 1} dimensions (N, C, *frame), got shape {tuple(input.shape)}"
+        )
     frame = tuple(input.shape)
-    first = Geometry.of((*frame[:2], 1 << 30, *frame[2:]), weight.shape, stride, padding, dilation, groups, op=op)
+    first = Geometry.of(
+        (*frame[:2], 1 << 30, *frame[2:]), weight.shape, stride, padding, dilation, groups, op=op
+    )
     if first.stride[0] != 1:
         raise UnsupportedError(f"{op}: temporal stride must be 1, got {first.stride[0]}")
     if first.padding[0] != (0, 0):
@@ -307,7 +381,10 @@ def _window_geometry(op, input, state, weight, stride, padding, dilation, groups
     want = (*frame[:2], first.span[0] - 1, *frame[2:])
     if ring != want:
         raise GeometryError(f"{op}: state frames must have shape {want}, got {ring}")
-    if tuple(state.steps.shape) != frame[:1] or str(state.steps.dtype).removeprefix("torch.") != "int64":
+    if (
+        tuple(state.steps.shape) != frame[:1]
+        or str(state.steps.dtype).removeprefix("torch.") != "int64"
+    ):
         raise GeometryError(f"{op}: state steps must be int64 of shape {frame[:1]}, got {state.steps.dtype} {tuple(state.steps.shape)}")  # fmt: skip
     return replace(first, in_size=(first.span[0], *frame[2:]))
 
@@ -315,7 +392,9 @@ def _window_geometry(op, input, state, weight, stride, padding, dilation, groups
 def _state_layout(op: str, frames: Array) -> str:
     layout = dense_layout(frames)
     if layout is None:
-        raise GeometryError(f"{op}: state frames must be dense, contiguous or channels last; a strided view is not")
+        raise GeometryError(
+            f"{op}: state frames must be dense, contiguous or channels last; a strided view is not"
+        )
     return layout
 
 
@@ -334,7 +413,9 @@ def execute(plan: Plan, x: Array, packed: Any, bias: Any, residual: Array | None
     return y
 
 
-def run(plan: Plan, x: np.ndarray, packed: Any, bias: Any, residual: np.ndarray | None, y: np.ndarray) -> None:
+def run(
+    plan: Plan, x: np.ndarray, packed: Any, bias: Any, residual: np.ndarray | None, y: np.ndarray
+) -> None:
     """`execute` into a y that is dense in plan.layout."""
     if not y.size:
         return
@@ -360,7 +441,8 @@ def is_tensor(array: Any) -> bool:
 
 
 def dense_layout(array: Array) -> str | None:
-    """The layout an array (N, C, *size) is dense in; None if it has gaps. Contiguous where both hold."""
+    """The layout an array (N, C, *size) is dense in; None if it has gaps. Contiguous where both
+    hold."""
     size = array.shape[2:]
     if is_tensor(array):
         plain, last = array.is_contiguous(), array.movedim(1, -1).is_contiguous()
@@ -409,25 +491,37 @@ def _check_arrays(op: str, **arrays: Array | None) -> None:
     tensor = is_tensor(x)
     for name, a in given.items():
         if not isinstance(a, np.ndarray) and not is_tensor(a):
-            raise UnsupportedError(f"{op}: {name} must be a NumPy array or a PyTorch tensor, got {type(a).__name__}")
+            raise UnsupportedError(
+                f"{op}: {name} must be a NumPy array or a PyTorch tensor, got {type(a).__name__}"
+            )
         if is_tensor(a) != tensor:
-            raise UnsupportedError(f"{op}: {first} and {name} must both be NumPy arrays or both PyTorch tensors")
+            raise UnsupportedError(
+                f"{op}: {first} and {name} must both be NumPy arrays or both PyTorch tensors"
+            )
         if tensor and (str(a.layout) != "torch.strided" or a.is_quantized):
             raise UnsupportedError(f"{op}: {name} must be a dense tensor, got layout {a.layout}")
     allowed = TORCH_DTYPES if tensor else NUMPY_DTYPES
     dtype = str(x.dtype).removeprefix("torch.")
     if dtype not in allowed:
-        raise UnsupportedError(f"{op}: dtype {dtype} is not supported; use one of {', '.join(allowed)}")
+        raise UnsupportedError(
+            f"{op}: dtype {dtype} is not supported; use one of {', '.join(allowed)}"
+        )
     for name, a in rest:
         if a.dtype != x.dtype:
             other = str(a.dtype).removeprefix("torch.")
             raise UnsupportedError(f"{op}: {first} has dtype {dtype}, but {name} has {other}")
         if tensor and a.device != x.device:
-            raise UnsupportedError(f"{op}: {first} is on device {x.device}, but {name} is on {a.device}")
+            raise UnsupportedError(
+                f"{op}: {first} is on device {x.device}, but {name} is on {a.device}"
+            )
 
 
-def _check_extras(op: str, channels: int, y_shape: tuple[int, ...], bias: Array | None, residual: Array | None) -> None:
+def _check_extras(
+    op: str, channels: int, y_shape: tuple[int, ...], bias: Array | None, residual: Array | None
+) -> None:
     if bias is not None and tuple(bias.shape) != (channels,):
         raise GeometryError(f"{op}: bias must have shape ({channels},), got {tuple(bias.shape)}")
     if residual is not None and tuple(residual.shape) != y_shape:
-        raise GeometryError(f"{op}: residual must have the result's shape {y_shape}, got {tuple(residual.shape)}")
+        raise GeometryError(
+            f"{op}: residual must have the result's shape {y_shape}, got {tuple(residual.shape)}"
+        )

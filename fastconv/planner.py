@@ -1,4 +1,5 @@
-"""From a geometry to a Plan: every candidate is listed, priced or refused with its reason; the cheapest runs."""
+"""From a geometry to a Plan: every candidate is listed, priced or refused with its reason; the
+cheapest runs."""
 
 from __future__ import annotations
 
@@ -55,15 +56,29 @@ def plan(
     tile       m per axis for winograd (and hfa: time, height, width); None lets the planner choose
     continual  the geometry is the window of one output column of a stream
 
-    Raises UnsupportedError with the reason if the request cannot be met, BackendError if the backend is not available.
+    Raises UnsupportedError with the reason if the request cannot be met, BackendError if the
+    backend is not available.
     """
     found = candidates(
-        geometry, dtype, device, epilogue, layout, algorithm, backend, float(tolerance), tile, continual
+        geometry,
+        dtype,
+        device,
+        epilogue,
+        layout,
+        algorithm,
+        backend,
+        float(tolerance),
+        tile,
+        continual,
     )
     best = min(found, key=lambda c: c.estimate_ms, default=None)
     if best is None or best.reason is not None:
-        reasons = "; ".join(dict.fromkeys(f"{c.plan.backend} {c.plan.family}: {c.reason}" for c in found))
-        raise UnsupportedError(f"no plan for algorithm {algorithm!r} on backend {backend!r}: {reasons}")
+        reasons = "; ".join(
+            dict.fromkeys(f"{c.plan.backend} {c.plan.family}: {c.reason}" for c in found)
+        )
+        raise UnsupportedError(
+            f"no plan for algorithm {algorithm!r} on backend {backend!r}: {reasons}"
+        )
     return best.plan
 
 
@@ -80,7 +95,8 @@ def candidates(
     tile: tuple[int, ...] | None = None,
     continual: bool = False,
 ) -> tuple[Candidate, ...]:
-    """All plans considered, cheapest first, refused ones last with their reasons; arguments as for `plan`."""
+    """All plans considered, cheapest first, refused ones last with their reasons; arguments as for
+    `plan`."""
     if epilogue is None:
         block = isinstance(geometry, SeparableGeometry)
         epilogue = (Epilogue(), Epilogue(), Epilogue()) if block else Epilogue()
@@ -125,7 +141,14 @@ def explanation(
     geometry = Geometry.of(x_shape, w_shape, stride, padding, dilation, groups)
     dtype = dtype or str(getattr(input, "dtype", "float32")).removeprefix("torch.")
     found = candidates(
-        geometry, dtype, device, Epilogue(activation=activation), layout, algorithm, backend, float(tolerance)
+        geometry,
+        dtype,
+        device,
+        Epilogue(activation=activation),
+        layout,
+        algorithm,
+        backend,
+        float(tolerance),
     )
     rows = [("", "backend", "algorithm", "multiplications", "estimate", "why not")]
     rows += [_row(c, chosen=i == 0 and c.reason is None) for i, c in enumerate(found)]
@@ -134,7 +157,8 @@ def explanation(
             rows.append(("", name, "", "", "", reason))
     widths = [max(len(r[i]) for r in rows) for i in range(5)]
     lines = [
-        "  ".join([*(cell.ljust(w) for cell, w in zip(r, widths, strict=False)), r[5]]).rstrip() for r in rows
+        "  ".join([*(cell.ljust(w) for cell, w in zip(r, widths, strict=False)), r[5]]).rstrip()
+        for r in rows
     ]
     title = f"conv{geometry.n}d {x_shape} * {w_shape} -> {geometry.y_shape}, {dtype}, {layout}"
     return "\n".join([title, *lines])
@@ -146,7 +170,14 @@ def _row(candidate: Candidate, chosen: bool) -> tuple[str, ...]:
         return ("", p.backend, p.algorithm, "", "", candidate.reason or "")
     why = candidate.reason or ("" if chosen else "slower by estimate")
     multiplications = f"{costs.multiplications(p):,}"
-    return (">" if chosen else "", p.backend, p.algorithm, multiplications, f"{candidate.estimate_ms:.3f} ms", why)
+    return (
+        ">" if chosen else "",
+        p.backend,
+        p.algorithm,
+        multiplications,
+        f"{candidate.estimate_ms:.3f} ms",
+        why,
+    )
 
 
 def _backends(backend: str, device: str) -> list[str]:
@@ -199,19 +230,25 @@ def _variants(base: Plan, tile: tuple[int, ...] | None) -> Iterator[Plan]:
 
 
 def _tiles(family: str, taps: list[int], sizes: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """Tile sizes worth a price: none on axes of one tap, none twice the output, square in space, not all direct."""
+    """Tile sizes worth a price: none on axes of one tap, none twice the output, square in space,
+    not all direct."""
     options: list[tuple[int, ...]] = []
     for r, size in zip(taps, sizes, strict=True):
-        allowed = (1,) if r == 1 or r > MAX_TAPS else tuple(m for m in TILES if m < 2 * size or m == 1)
+        allowed = (
+            (1,) if r == 1 or r > MAX_TAPS else tuple(m for m in TILES if m < 2 * size or m == 1)
+        )
         options.append(allowed)
     if family == "hfa":
-        # Depthwise is a small share of a block's multiplications; its direct form costs least memory.
+        # Depthwise is a small share of a block's multiplications; its direct form costs least
+        # memory.
         options = [options[0], (1,), (1,)]
     square = len(taps) > 1 and taps[-1] == taps[-2]
     for ms in product(*options):
         if square and ms[-1] != ms[-2]:
             continue
-        if (family == "hfa" or max(ms) > 1) and prod(m + r - 1 for m, r in zip(ms, taps, strict=True)) <= MAX_POINTS:
+        if (family == "hfa" or max(ms) > 1) and prod(
+            m + r - 1 for m, r in zip(ms, taps, strict=True)
+        ) <= MAX_POINTS:
             yield ms
 
 
@@ -219,7 +256,8 @@ def _priced(p: Plan, tolerance: float) -> Candidate:
     factor = error_factor(p)
     if factor > tolerance:
         return Candidate(
-            p, reason=f"error up to {factor:.1f} times direct exceeds the tolerance of {tolerance:g}"
+            p,
+            reason=f"error up to {factor:.1f} times direct exceeds the tolerance of {tolerance:g}",
         )
     return Candidate(p, costs.estimate_ms(p))
 
@@ -227,13 +265,16 @@ def _priced(p: Plan, tolerance: float) -> Candidate:
 def error_factor(p: Plan) -> float:
     """Expected rms error of a plan as a multiple of that of a direct sum in the same precision.
 
-    A running sum of n random products has relative error d sqrt(n / 2), d the rounding unit. Winograd sums only C
-    products per point, rounds both operands and its transforms (about 4 units of variance together), and amplifies all of
-    it by the factor of its transforms. Transformed axes therefore shorten the sum that they amplify.
+    A running sum of n random products has relative error d sqrt(n / 2), d the rounding unit.
+    Winograd sums only C products per point, rounds both operands and its transforms (about 4 units
+    of variance together), and amplifies all of it by the factor of its transforms. Transformed axes
+    therefore shorten the sum that they amplify.
     """
     if not p.transforms:
         return 1.0
     first = p.geometry.temporal if isinstance(p.geometry, SeparableGeometry) else p.geometry
     channels = first.in_channels * prod(first.stride)
     direct = first.in_channels * first.taps / 2 + 1
-    return amplification(p.transforms) * sqrt((channels / 2 + 4) / direct) if max(p.tile) > 1 else 1.0
+    return (
+        amplification(p.transforms) * sqrt((channels / 2 + 4) / direct) if max(p.tile) > 1 else 1.0
+    )

@@ -1,13 +1,13 @@
-"""The operators on PyTorch tensors: `fastconv::conv` with its fake and gradient, and the tensor side of `ops`.
+"""The operators on PyTorch tensors: `fastconv::conv` with its fake and gradient, and the tensor
+side of `ops`.
 
-NumPy kernels see tensors through zero-copy views. Packed weights are kept per weight tensor for as long as it lives
-and is not written.
+NumPy kernels see tensors through zero-copy views. Packed weights are kept per weight tensor for as
+long as it lives and is not written.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from . import backends, ops, planner
 from .epilogue import Epilogue
 from .geometry import Geometry, SeparableGeometry
-from .plan import CHANNELS_LAST, CONTIGUOUS, Plan
+from .plan import CONTIGUOUS, Plan
 
 _library = torch.library.Library("fastconv", "DEF")
 _library.define(
@@ -58,10 +58,13 @@ def conv(
     given = [t for t in (input, weight, bias, residual) if t is not None]
     fused = epilogue.activation != "none" or residual is not None
     if fused and torch.is_grad_enabled() and any(t.requires_grad for t in given):
-        # The gradient of the operator is that of a convolution; the rest is PyTorch's to differentiate.
+        # The gradient of the operator is that of a convolution; the rest is PyTorch's to
+        # differentiate.
         z = torch.ops.fastconv.conv(*arguments, **choice)
         return _ACTIVATIONS[epilogue.activation](z if residual is None else z + residual)
-    return torch.ops.fastconv.conv(*arguments, activation=epilogue.activation, residual=residual, **choice)
+    return torch.ops.fastconv.conv(
+        *arguments, activation=epilogue.activation, residual=residual, **choice
+    )
 
 
 def _geometry(input: Tensor, weight: Tensor, stride, padding, dilation, groups: int) -> Geometry:
@@ -114,14 +117,26 @@ def _conv_backward(ctx, grad: Tensor):
     stride, padding, dilation, groups = ctx.arguments
     before, after = padding[::2], padding[1::2]
     common = [min(a, b) for a, b in zip(before, after, strict=True)]
-    extra = [p - c for a, b, c in zip(before, after, common, strict=True) for p in (a, b) for c in (c,)]
+    extra = [
+        p - c for a, b, c in zip(before, after, common, strict=True) for p in (a, b) for c in (c,)
+    ]
     flipped = [e for i in range(len(common) - 1, -1, -1) for e in extra[2 * i : 2 * i + 2]]
     padded = torch.nn.functional.pad(input, flipped) if any(flipped) else input
     needs = ctx.needs_input_grad[:3]
     mask = [needs[0], needs[1], needs[2] and ctx.bias_size is not None]
     sizes = None if ctx.bias_size is None else [ctx.bias_size]
     dx, dw, db = torch.ops.aten.convolution_backward(
-        grad, padded, weight, sizes, stride, common, dilation, False, [0] * len(common), groups, mask
+        grad,
+        padded,
+        weight,
+        sizes,
+        stride,
+        common,
+        dilation,
+        False,
+        [0] * len(common),
+        groups,
+        mask,
     )
     if dx is not None:
         for axis, size in enumerate(input.shape[2:]):
@@ -131,7 +146,9 @@ def _conv_backward(ctx, grad: Tensor):
 
 _library.impl("conv", _conv_impl, "CompositeExplicitAutograd")
 torch.library.register_fake("fastconv::conv", _conv_fake, lib=_library)
-torch.library.register_autograd("fastconv::conv", _conv_backward, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd(
+    "fastconv::conv", _conv_backward, setup_context=_setup_context, lib=_library
+)
 
 
 def separable_block(
@@ -149,7 +166,9 @@ def separable_block(
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):
         for i, stage in enumerate(geometry.stages):
             rest = residual if i == 2 else None
-            input = conv(input, weights[i], biases[i], stage, epilogue[i], rest, "auto", backend, tolerance)
+            input = conv(
+                input, weights[i], biases[i], stage, epilogue[i], rest, "auto", backend, tolerance
+            )
         return input
     plan = planner.plan(
         geometry,
@@ -169,7 +188,9 @@ def new_state(shape: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor]:
     return frames, torch.zeros(shape[0], dtype=torch.int64, device=like.device)
 
 
-def continual_step(plan: Plan, input: Tensor, state: ops.State, weight: Tensor, bias, residual) -> Tensor:
+def continual_step(
+    plan: Plan, input: Tensor, state: ops.State, weight: Tensor, bias, residual
+) -> Tensor:
     """`ops.continual_step` on tensors; no gradient is kept."""
     with torch.no_grad():
         shape = (*plan.geometry.y_shape[:2], *plan.geometry.y_shape[3:])
@@ -179,7 +200,17 @@ def continual_step(plan: Plan, input: Tensor, state: ops.State, weight: Tensor, 
             from .torch_kernels import continual
 
             x = dense(input, plan.layout)
-            continual.run(plan, x, packed, bias, dense(residual, plan.layout), state.frames, state.steps, y, None)
+            continual.run(
+                plan,
+                x,
+                packed,
+                bias,
+                dense(residual, plan.layout),
+                state.frames,
+                state.steps,
+                y,
+                None,
+            )
         else:
             arrays = map(_view, (input, bias, residual))
             views = ops.State(_view(state.frames), _view(state.steps))
@@ -191,7 +222,11 @@ def continual_step(plan: Plan, input: Tensor, state: ops.State, weight: Tensor, 
 def execute(plan: Plan, x: Tensor, packed: Any, bias: Any, residual: Tensor | None) -> Tensor:
     """`ops.execute` on tensors: y is allocated by PyTorch, kernels on NumPy arrays see views."""
     with torch.no_grad():
-        if plan.backend == "torch" and plan.family in ("grouped", "depthwise") and plan.epilogue.plain:
+        if (
+            plan.backend == "torch"
+            and plan.family in ("grouped", "depthwise")
+            and plan.epilogue.plain
+        ):
             # PyTorch's convolution allocates its own result: one pass over memory less than `run`.
             from .torch_kernels.grouped import convolve
 
@@ -212,8 +247,8 @@ def execute(plan: Plan, x: Tensor, packed: Any, bias: Any, residual: Tensor | No
 def packed_weights(plan: Plan, weight: Tensor) -> Any:
     """Packed weights of a plan, made once per weight tensor and value.
 
-    A write is seen by PyTorch's version counter or, for writes through `.data` and other aliases that it does not
-    count, by a sample of the elements.
+    A write is seen by PyTorch's version counter or, for writes through `.data` and other aliases
+    that it does not count, by a sample of the elements.
     """
     if weight.is_inference():
         return _pack(plan, weight)
@@ -237,7 +272,9 @@ def _sample(weight: Tensor) -> bytes:
 def _pack(plan: Plan, weights: Any) -> Any:
     if plan.backend == "torch":
         return ops.pack(plan, weights)
-    return ops.pack(plan, tuple(map(_view, weights)) if isinstance(weights, tuple) else _view(weights))
+    return ops.pack(
+        plan, tuple(map(_view, weights)) if isinstance(weights, tuple) else _view(weights)
+    )
 
 
 def _view(tensor: Tensor | None) -> np.ndarray | None:

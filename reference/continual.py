@@ -1,7 +1,9 @@
-"""A convolution fed one frame at a time: the input-ring form (Hedegaard and Iosifidis 2022, with frames of C_in kept).
+"""A convolution fed one frame at a time: the input-ring form (Hedegaard and Iosifidis 2022, with
+frames of C_in kept).
 
-`state` holds the last L = dilation * (KT - 1) frames of each stream; stream n, having seen steps[n] frames, keeps the
-frame of time t in slot t mod L. A state of zeros before the first frame is zero padding in front of the stream.
+`state` holds the last L = dilation * (KT - 1) frames of each stream; stream n, having seen steps[n]
+frames, keeps the frame of time t in slot t mod L. A state of zeros before the first frame is zero
+padding in front of the stream.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ CONFIGS: tuple[dict[str, int], ...] = ({},)
 def supports(geometry: Geometry, dtype: str, epilogue: Epilogue) -> str | None:
     """None, or the reason against."""
     if geometry.stride[0] != 1:
-        return f"a step emits one column per frame; temporal stride {geometry.stride[0]} is not served"
+        return (
+            f"a step emits one column per frame; temporal stride {geometry.stride[0]} is not served"
+        )
     return direct.refuse_dtype(dtype)
 
 
@@ -42,8 +46,9 @@ def run(plan, x, packed, bias, residual, state, steps, y, workspace) -> None:
     steps    (N,) int64, frames seen so far; incremented
     y        (N, K, *out_frame), written
 
-    plan.geometry is the window of one column: in_size[0] = L + 1, no temporal padding, out_size[0] = 1.
-    Equivalent to column t of `F.conv3d(stream, w, bias, ...)` over the stream padded in front with L zero frames.
+    plan.geometry is the window of one column: in_size[0] = L + 1, no temporal padding, out_size[0]
+    = 1. Equivalent to column t of `F.conv3d(stream, w, bias, ...)` over the stream padded in front
+    with L zero frames.
     """
     ring = state.shape[2]
     window = np.empty(plan.geometry.x_shape, dtype=state.dtype)

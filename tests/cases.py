@@ -1,4 +1,5 @@
-"""Shared by all family tests: random geometries, arrays in both layouts, and one way to run a plan inside fences."""
+"""Shared by all family tests: random geometries, arrays in both layouts, and one way to run a plan
+inside fences."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def laid_out(array: np.ndarray, layout: str) -> np.ndarray:
 
 
 class Fenced:
-    """A NaN-filled array between two sentinel zones; `check()` says whether anything wrote outside."""
+    """A NaN-filled array between two sentinel zones; `check()` says whether anything wrote
+    outside."""
 
     def __init__(self, shape, dtype="float32", layout="contiguous"):
         memory = shape
@@ -49,7 +51,8 @@ class Fenced:
 
 
 def execute(plan: Plan, x, w, bias=None, residual=None) -> np.ndarray:
-    """Run a winograd, depthwise, grouped or hfa plan on arrays in any layout; y is poisoned and fenced.
+    """Run a winograd, depthwise, grouped or hfa plan on arrays in any layout; y is poisoned and
+    fenced.
 
     For hfa, w and bias are tuples of three.
     """
@@ -69,8 +72,18 @@ def execute(plan: Plan, x, w, bias=None, residual=None) -> np.ndarray:
 
 
 @st.composite
-def geometries(draw, n=None, family="grouped", max_size=9, max_channels=5, max_kernel=3, max_stride=2, max_dilation=2):
-    """A valid random geometry: anisotropic kernels, strides, paddings and dilations, odd sizes, batch 0 to 2."""
+def geometries(
+    draw,
+    n=None,
+    family="grouped",
+    max_size=9,
+    max_channels=5,
+    max_kernel=3,
+    max_stride=2,
+    max_dilation=2,
+):
+    """A valid random geometry: anisotropic kernels, strides, paddings and dilations, odd sizes,
+    batch 0 to 2."""
     n = draw(st.sampled_from((1, 2, 3))) if n is None else n
 
     def ints(low, high):

@@ -1,10 +1,11 @@
-"""Extents agree with PyTorch's on every valid random geometry; every invalid one has its exact message."""
+"""Extents agree with PyTorch's on every valid random geometry; every invalid one has its exact
+message."""
 
 import pytest
-from cases import geometries
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cases import geometries
 from fastconv.errors import GeometryError
 from fastconv.geometry import Geometry, SeparableGeometry
 
@@ -34,7 +35,9 @@ def test_extents_are_pytorchs(g):
 def test_padding_by_name_is_pytorchs(size, kernel, name):
     try:
         want = torch.nn.functional.conv3d(
-            torch.empty(1, 1, *size, device="meta"), torch.empty(1, 1, *kernel, device="meta"), padding=name
+            torch.empty(1, 1, *size, device="meta"),
+            torch.empty(1, 1, *kernel, device="meta"),
+            padding=name,
         ).shape
     except RuntimeError:
         want = None

@@ -1,4 +1,5 @@
-"""Modules in place of PyTorch's, and whole models rewritten: same state dict, same outputs, nothing else touched."""
+"""Modules in place of PyTorch's, and whole models rewritten: same state dict, same outputs, nothing
+else touched."""
 
 import copy
 import pickle
@@ -15,7 +16,9 @@ nn = torch.nn
 
 
 def close(got, want):
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * max(1.0, float(want.detach().abs().max())))
+    torch.testing.assert_close(
+        got, want, rtol=0, atol=1e-5 * max(1.0, float(want.detach().abs().max()))
+    )
 
 
 MODULES = [
@@ -68,12 +71,15 @@ def test_module_training_step():
 
 
 def test_module_says_what_is_wrong():
-    with pytest.raises(GeometryError, match="weight expects 2 input channels per group, input has 3 channels"):
+    with pytest.raises(
+        GeometryError, match="weight expects 2 input channels per group, input has 3 channels"
+    ):
         fastconv.nn.Conv3d(2, 3, 3)(torch.randn(1, 3, 4, 4, 4))
 
 
 class Residual(nn.Module):
-    """A small model with what rewriting must respect: a shared layer, a derived class, a transposed layer, `view`."""
+    """A small model with what rewriting must respect: a shared layer, a derived class, a transposed
+    layer, `view`."""
 
     class Own(nn.Conv3d):
         pass
@@ -128,7 +134,9 @@ def test_accelerate_the_zoo(name, size):
 
 
 def test_accelerate_refuses_training_mode():
-    with pytest.raises(UnsupportedError, match=r"the model is in training mode; call model.eval\(\) first"):
+    with pytest.raises(
+        UnsupportedError, match=r"the model is in training mode; call model.eval\(\) first"
+    ):
         fastconv.accelerate(Residual(False), torch.randn(1, 3, 6, 9, 10))
 
 
@@ -138,4 +146,6 @@ def test_accelerate_refuses_loudly_beyond_the_bound(monkeypatch):
     right = grouped.convolve
     monkeypatch.setattr(grouped, "convolve", lambda *a: right(*a) * 1.001)
     with pytest.raises(UnsupportedError, match="accelerate: the error of the outputs is"):
-        fastconv.accelerate(nn.Sequential(nn.Conv3d(2, 2, 3)).eval(), torch.randn(1, 2, 5, 5, 5), backend="torch")
+        fastconv.accelerate(
+            nn.Sequential(nn.Conv3d(2, 2, 3)).eval(), torch.randn(1, 2, 5, 5, 5), backend="torch"
+        )

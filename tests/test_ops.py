@@ -1,12 +1,13 @@
-"""The public functions on NumPy arrays: PyTorch's meaning, exact messages, nothing written on a refusal."""
+"""The public functions on NumPy arrays: PyTorch's meaning, exact messages, nothing written on a
+refusal."""
 
 import numpy as np
 import pytest
-from cases import geometries, laid_out, random
 from hypothesis import given
 from hypothesis import strategies as st
 
 import fastconv
+from cases import geometries, laid_out, random
 from fastconv import ops
 from fastconv.errors import BackendError, GeometryError, UnsupportedError
 from fastconv.plan import LAYOUTS
@@ -25,7 +26,9 @@ def close(got, want):
 @given(geometries(family="grouped"), st.sampled_from(LAYOUTS))
 def test_conv_is_the_definition_in_the_layout_of_the_input(g, layout):
     x, w = random(g.x_shape, 1), random(g.w_shape, 2)
-    y = CONV[g.n](laid_out(x, layout), w, None, g.stride, g.padding, g.dilation, g.groups, backend="reference")
+    y = CONV[g.n](
+        laid_out(x, layout), w, None, g.stride, g.padding, g.dilation, g.groups, backend="reference"
+    )
     close(y, direct.correlate(x, w, g))
     assert y.dtype == np.float32
     assert ops.dense_layout(y) in (layout, ops.dense_layout(laid_out(y, layout)))
@@ -39,9 +42,17 @@ def test_unbatched_input_gives_unbatched_result():
 
 
 @pytest.mark.parametrize(
-    "view", [lambda a: a[:, ::2], lambda a: a[..., ::-1], lambda a: a.swapaxes(3, 4), lambda a: a[:, :, 1:, 1:, 1:]]
+    "view",
+    [
+        lambda a: a[:, ::2],
+        lambda a: a[..., ::-1],
+        lambda a: a.swapaxes(3, 4),
+        lambda a: a[:, :, 1:, 1:, 1:],
+    ],
 )
-@pytest.mark.parametrize("backend", [b for b in ("reference", "numba") if fastconv.backends.available()[b] is None])
+@pytest.mark.parametrize(
+    "backend", [b for b in ("reference", "numba") if fastconv.backends.available()[b] is None]
+)
 def test_views_with_gaps_are_read_as_they_are(view, backend):
     x = view(random((2, 8, 6, 7, 8), 0))
     w = random((3, x.shape[1], 3, 3, 3), 1)
@@ -101,7 +112,11 @@ def test_empty_batch():
     assert y.shape == (0, 6, 3, 4, 5)
 
 
-BLOCK = {"temporal_weight": (8, 4, 3, 1, 1), "depthwise_weight": (8, 1, 1, 3, 3), "pointwise_weight": (6, 8, 1, 1, 1)}
+BLOCK = {
+    "temporal_weight": (8, 4, 3, 1, 1),
+    "depthwise_weight": (8, 1, 1, 3, 3),
+    "pointwise_weight": (6, 8, 1, 1, 1),
+}
 
 
 @pytest.mark.parametrize("stride", [1, (1, 2, 2), 2])
@@ -111,20 +126,34 @@ def test_separable_block_is_three_convolutions(stride):
     biases = [random((k,), 5 + k) for k in (8, 8, 6)]
     st, sh, sw = (stride,) * 3 if isinstance(stride, int) else stride
     z = fastconv.conv3d(
-        x, w["temporal_weight"], biases[0], (st, 1, 1), (1, 0, 0), activation="relu", backend="reference"
+        x,
+        w["temporal_weight"],
+        biases[0],
+        (st, 1, 1),
+        (1, 0, 0),
+        activation="relu",
+        backend="reference",
     )
-    z = fastconv.conv3d(z, w["depthwise_weight"], biases[1], (1, sh, sw), (0, 1, 1), groups=8, backend="reference")
+    z = fastconv.conv3d(
+        z, w["depthwise_weight"], biases[1], (1, sh, sw), (0, 1, 1), groups=8, backend="reference"
+    )
     z = fastconv.conv3d(z, w["pointwise_weight"], biases[2], activation="silu", backend="reference")
-    got = fastconv.separable_block(x, **w, biases=biases, activations=("relu", "none", "silu"), stride=stride)
+    got = fastconv.separable_block(
+        x, **w, biases=biases, activations=("relu", "none", "silu"), stride=stride
+    )
     close(got, z)
 
 
 def test_separable_block_refuses():
     x = random((1, 4, 6, 9, 8), 0)
     w = {name: random(shape, i) for i, (name, shape) in enumerate(BLOCK.items())}
-    with pytest.raises(GeometryError, match="needs three biases and three activations, got 2 and 3"):
+    with pytest.raises(
+        GeometryError, match="needs three biases and three activations, got 2 and 3"
+    ):
         fastconv.separable_block(x, **w, biases=(None, None))
-    with pytest.raises(GeometryError, match=r"separable_block: bias must have shape \(8,\), got \(4,\)"):
+    with pytest.raises(
+        GeometryError, match=r"separable_block: bias must have shape \(8,\), got \(4,\)"
+    ):
         fastconv.separable_block(x, **w, biases=(random((4,), 0), None, None))
 
 
@@ -134,7 +163,9 @@ def test_continual_step_is_the_convolution_over_the_stream():
     padded = np.concatenate([np.zeros((2, 4, 4, 6, 7), np.float32), stream], axis=2)
     want = fastconv.conv3d(padded, w, b, padding=(0, 1, 1), dilation=(2, 1, 1), backend="reference")
     for t in range(stream.shape[2]):
-        y = fastconv.continual_step(stream[:, :, t], state, w, b, padding=(0, 1, 1), dilation=(2, 1, 1))
+        y = fastconv.continual_step(
+            stream[:, :, t], state, w, b, padding=(0, 1, 1), dilation=(2, 1, 1)
+        )
         close(y, want[:, :, t])
     assert state.steps.tolist() == [9, 9]
 

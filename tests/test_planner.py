@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from cases import arrays_for, execute
 
 import fastconv
+from cases import arrays_for, execute
 from fastconv import planner
 from fastconv.errors import UnsupportedError
 from fastconv.geometry import Geometry
@@ -30,21 +30,30 @@ def test_cheapest_candidate_is_the_plan():
 
 
 def test_tile_is_kept_and_checked():
-    assert planner.plan(DENSE, algorithm="winograd", tile=(2, 4, 4), backend="reference").tile == (2, 4, 4)
+    assert planner.plan(DENSE, algorithm="winograd", tile=(2, 4, 4), backend="reference").tile == (
+        2,
+        4,
+        4,
+    )
     with pytest.raises(UnsupportedError, match=r"tile must have 3 entries, got \(2, 4\)"):
         planner.plan(DENSE, algorithm="winograd", tile=(2, 4), backend="reference")
 
 
 def test_tolerance_refuses_with_the_expected_error():
-    with pytest.raises(UnsupportedError, match=r"error up to \d+\.\d times direct exceeds the tolerance of 1"):
+    with pytest.raises(
+        UnsupportedError, match=r"error up to \d+\.\d times direct exceeds the tolerance of 1"
+    ):
         planner.plan(DENSE, algorithm="winograd", tile=(4, 4, 4), backend="reference", tolerance=1)
 
 
-@pytest.mark.parametrize("backend", [b for b in ("numba", "c") if fastconv.backends.available()[b] is None])
+@pytest.mark.parametrize(
+    "backend", [b for b in ("numba", "c") if fastconv.backends.available()[b] is None]
+)
 @pytest.mark.parametrize("ms", [(2, 2, 2), (2, 4, 4), (1, 4, 4)])
 @pytest.mark.parametrize("channels", [8, 64])
 def test_measured_error_is_at_most_the_expected_one(backend, ms, channels):
-    """rms error in float32 on random data, against float64, as a multiple of a running sum's: within 1.5 of the model."""
+    """rms error in float32 on random data, against float64, as a multiple of a running sum's:
+    within 1.5 of the model."""
     g = Geometry.of((1, channels, 6, 14, 14), (16, channels, 3, 3, 3), padding=1)
     p = Plan("winograd", backend, g, transforms=tuple(transform(m, 3) for m in ms))
     x, w, _, _ = arrays_for(p)
@@ -60,7 +69,9 @@ def test_measured_error_is_at_most_the_expected_one(backend, ms, channels):
 def test_explain_names_the_choice_and_every_reason(capsys):
     fastconv.explain((1, 8, 9, 9, 9), (8, 4, 3, 3, 3), groups=2, padding=1)
     text = capsys.readouterr().out
-    assert text.startswith("conv3d (1, 8, 9, 9, 9) * (8, 4, 3, 3, 3) -> (1, 8, 9, 9, 9), float32, channels_last_3d")
+    assert text.startswith(
+        "conv3d (1, 8, 9, 9, 9) * (8, 4, 3, 3, 3) -> (1, 8, 9, 9, 9), float32, channels_last_3d"
+    )
     assert sum(line.startswith(">") for line in text.splitlines()) == 1
     assert "winograd is for one group, not 2" in text
     for name, reason in fastconv.backends.available().items():
@@ -70,7 +81,10 @@ def test_explain_names_the_choice_and_every_reason(capsys):
 
 
 def test_plans_are_hashable_and_equal_by_value():
-    assert len({planner.plan(DENSE, backend="reference"), planner.plan(DENSE, backend="reference")}) == 1
+    assert (
+        len({planner.plan(DENSE, backend="reference"), planner.plan(DENSE, backend="reference")})
+        == 1
+    )
 
 
 def test_without_optional_packages_the_definition_runs(monkeypatch):

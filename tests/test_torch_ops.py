@@ -1,9 +1,11 @@
-"""The operator on tensors: schema, fake, gradient, layouts, compilation, and packed weights that are never stale."""
+"""The operator on tensors: schema, fake, gradient, layouts, compilation, and packed weights that
+are never stale."""
 
 import pytest
-from cases import geometries
 from hypothesis import given
 from hypothesis import strategies as st
+
+from cases import geometries
 
 torch = pytest.importorskip("torch")
 
@@ -22,7 +24,9 @@ def tensors(*shapes, dtype=torch.float32):
 
 
 def close(got, want):
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * max(1.0, float(want.abs().max()) if want.numel() else 1))
+    torch.testing.assert_close(
+        got, want, rtol=0, atol=1e-5 * max(1.0, float(want.abs().max()) if want.numel() else 1)
+    )
 
 
 @given(geometries(family="grouped"), st.booleans(), st.sampled_from(CPU))
@@ -32,19 +36,29 @@ def test_conv_of_tensors_is_pytorchs(g, channels_last, backend):
         x = x.movedim(1, -1).contiguous().movedim(-1, 1)
     extra = [p for pair in reversed(g.padding) for p in pair]
     functional = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[g.n]
-    want = functional(F.pad(x.double(), extra), w.double(), None, g.stride, 0, g.dilation, g.groups).float()
+    want = functional(
+        F.pad(x.double(), extra), w.double(), None, g.stride, 0, g.dilation, g.groups
+    ).float()
     got = CONV[g.n](x, w, None, g.stride, g.padding, g.dilation, g.groups, backend=backend)
     close(got, want)
     assert ops.layout_of(got) == ops.layout_of(x) or got.numel() <= max(got.shape)
 
 
-OPCHECK = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+OPCHECK = (
+    "test_schema",
+    "test_autograd_registration",
+    "test_faketensor",
+    "test_aot_dispatch_dynamic",
+)
 
 
 @pytest.mark.parametrize("backend", CPU)
 @pytest.mark.parametrize("grad", [False, True])
 def test_opcheck(backend, grad):
-    x, w, b = (t.requires_grad_(grad) for t in tensors((2, 4, 5, 6, 7), (6, 2, 3, 3, 3), (6,), dtype=torch.float64))
+    x, w, b = (
+        t.requires_grad_(grad)
+        for t in tensors((2, 4, 5, 6, 7), (6, 2, 3, 3, 3), (6,), dtype=torch.float64)
+    )
     arguments = (x, w, b, [1, 2, 1], [1, 1, 0, 1, 1, 1], [1, 1, 1], 2)
     options = {"backend": backend}
     torch.library.opcheck(torch.ops.fastconv.conv.default, arguments, options, test_utils=OPCHECK)
@@ -58,7 +72,9 @@ def test_gradients(padding, groups):
 
     def fused(x, w, b, r):
         residual = r if padding == "same" else None
-        y = fastconv.conv2d(x, w, b, padding=padding, groups=groups, activation="silu", residual=residual)
+        y = fastconv.conv2d(
+            x, w, b, padding=padding, groups=groups, activation="silu", residual=residual
+        )
         return y
 
     assert torch.autograd.gradcheck(fused, (x, w, b, r))
@@ -67,7 +83,9 @@ def test_gradients(padding, groups):
 def test_block_gradient_is_that_of_three_convolutions():
     x, wt, wd, wp = (
         t.requires_grad_()
-        for t in tensors((1, 3, 4, 5, 5), (4, 3, 3, 1, 1), (4, 1, 1, 3, 3), (2, 4, 1, 1, 1), dtype=torch.float64)
+        for t in tensors(
+            (1, 3, 4, 5, 5), (4, 3, 3, 1, 1), (4, 1, 1, 3, 3), (2, 4, 1, 1, 1), dtype=torch.float64
+        )
     )
     block = fastconv.separable_block
     assert torch.autograd.gradcheck(
@@ -125,10 +143,19 @@ def test_precisions_numpy_lacks_run_on_the_framework():
 @pytest.mark.parametrize(
     ("x", "message"),
     [
-        (lambda x: x.to(torch.complex64), "conv3d: dtype complex64 is not supported; use one of float32"),
-        (lambda x: x.to_sparse(), "conv3d: input must be a dense tensor, got layout torch.sparse_coo"),
+        (
+            lambda x: x.to(torch.complex64),
+            "conv3d: dtype complex64 is not supported; use one of float32",
+        ),
+        (
+            lambda x: x.to_sparse(),
+            "conv3d: input must be a dense tensor, got layout torch.sparse_coo",
+        ),
         (lambda x: x.double(), "conv3d: input has dtype float64, but weight has float32"),
-        (lambda x: x.numpy(), "conv3d: input and weight must both be NumPy arrays or both PyTorch tensors"),
+        (
+            lambda x: x.numpy(),
+            "conv3d: input and weight must both be NumPy arrays or both PyTorch tensors",
+        ),
         (lambda x: x.to("meta"), "conv3d: input is on device meta, but weight is on cpu"),
     ],
 )

@@ -1,12 +1,14 @@
 """How far a result may be from float64: derived from the arithmetic, never tuned.
 
-Direct sums of n products in precision u satisfy |error| <= n u sum |w x| (Higham 2002, section 3.1). A fast algorithm
-multiplies the error by the amplification of its transforms, and mixes the outputs of a tile, so its bound is normwise:
+Direct sums of n products in precision u satisfy |error| <= n u sum |w x| (Higham 2002, section
+3.1). A fast algorithm multiplies the error by the amplification of its transforms, and mixes the
+outputs of a tile, so its bound is normwise:
 
     max |error| <= slope * u * (n + 8) * amplification * max sum |w x|
 
-(8: transforms, epilogue and final rounding). The bound above is for the worst case; on random data errors add like a
-random walk, so the root mean square is held to that of a plain sum in the same precision, times the amplification:
+(8: transforms, epilogue and final rounding). The bound above is for the worst case; on random data
+errors add like a random walk, so the root mean square is held to that of a plain sum in the same
+precision, times the amplification:
 
     rms error <= 4 * slope * amplification * max(rms error of the plain sum, u * rms y)
 
@@ -34,17 +36,23 @@ def _plain(x, w, bias, residual, geometry, epilogue, dtype) -> np.ndarray:
     x, w = x.astype(dtype), w.astype(dtype)
     padded = direct.pad(x, geometry)
     per_group = []
-    for xg, wg in zip(np.split(padded, geometry.groups, 1), np.split(w, geometry.groups), strict=True):
+    for xg, wg in zip(
+        np.split(padded, geometry.groups, 1), np.split(w, geometry.groups), strict=True
+    ):
         z = np.zeros((xg.shape[0], wg.shape[0], *geometry.out_size), dtype)
         for tap, view in direct.taps(xg, geometry):
             for c in range(xg.shape[1]):
-                z += wg[(slice(None), c, *tap)].reshape(1, -1, *(1,) * geometry.n) * view[:, c : c + 1]
+                z += (
+                    wg[(slice(None), c, *tap)].reshape(1, -1, *(1,) * geometry.n)
+                    * view[:, c : c + 1]
+                )
         per_group.append(z)
     return direct.finish(np.concatenate(per_group, 1), bias, residual, epilogue)
 
 
 def assert_conv_close(y, plan: Plan, x, w, bias=None, residual=None) -> None:
-    """Compare y with the float64 definition under the bounds above. Arrays are in (N, C, *size) order."""
+    """Compare y with the float64 definition under the bounds above. Arrays are in (N, C, *size)
+    order."""
     geometry, epilogue = plan.geometry, plan.epilogue
     x, w, y = (np.asarray(a, np.float64) for a in (x, w, y))
     want = direct.finish(direct.correlate(x, w, geometry), bias, residual, epilogue)
@@ -66,6 +74,8 @@ def assert_errors_within(y, want, plain, terms: int, magnitude: float, plan: Pla
     assert np.isfinite(y).all(), "not finite: an output was not written, or read poison"
     error = np.abs(y - want)
     bound = slope * u * (terms + 8) * factor * magnitude
-    assert error.max() <= bound, f"{plan.algorithm}: max error {error.max():.3e} > bound {bound:.3e}"
+    assert error.max() <= bound, (
+        f"{plan.algorithm}: max error {error.max():.3e} > bound {bound:.3e}"
+    )
     bound = 4 * slope * factor * max(rms(plain - want), u * rms(want))
     assert rms(error) <= bound, f"{plan.algorithm}: rms error {rms(error):.3e} > bound {bound:.3e}"

@@ -1,4 +1,5 @@
-"""`Conv1d`, `Conv2d`, `Conv3d`: PyTorch's modules with our kernels; same arguments, parameters and state dict."""
+"""`Conv1d`, `Conv2d`, `Conv3d`: PyTorch's modules with our kernels; same arguments, parameters and
+state dict."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ class _Conv(nn.modules.conv._ConvNd):
     """What the three share: PyTorch's constructor and four keywords more.
 
     algorithm, backend, tolerance: as for `fastconv.conv3d`
-    channels_last: compute and return channels last whatever the input's layout; by default the input's layout
+    channels_last: compute and return channels last whatever the input's layout; by default the
+    input's layout
     """
 
     def __init__(
@@ -48,7 +50,8 @@ class _Conv(nn.modules.conv._ConvNd):
 
     @classmethod
     def convert(cls: type[Module], module: nn.Module, **kernel_options: Any) -> Module:
-        """A module of this class in place of PyTorch's: the same parameters (not copies), hooks and buffers."""
+        """A module of this class in place of PyTorch's: the same parameters (not copies), hooks and
+        buffers."""
         new = cls.__new__(cls)
         new.__dict__.update(module.__dict__)
         new._configure(**kernel_options)
@@ -63,7 +66,9 @@ class _Conv(nn.modules.conv._ConvNd):
                 self._plans.clear()
             pad = self.padding if padding is None else padding
             options = (self.stride, pad, self.dilation, self.groups)
-            geometry = Geometry.of(x.shape, self.weight.shape, *options, op=f"conv{len(self.kernel_size)}d")
+            geometry = Geometry.of(
+                x.shape, self.weight.shape, *options, op=f"conv{len(self.kernel_size)}d"
+            )
             plan = self._plans[key] = planner.plan(
                 geometry,
                 dtype=str(x.dtype).removeprefix("torch."),
@@ -77,7 +82,8 @@ class _Conv(nn.modules.conv._ConvNd):
         return plan
 
     def plan_of(self, x_shape: tuple[int, ...]) -> Plan | None:
-        """The plan that the last input of this shape (with its batch axis) ran; None if there was none."""
+        """The plan that the last input of this shape (with its batch axis) ran; None if there was
+        none."""
         plans = [p for p in self._plans.values() if p.geometry.x_shape == tuple(x_shape)]
         return plans[-1] if plans else None
 
@@ -89,7 +95,9 @@ class _Conv(nn.modules.conv._ConvNd):
             padding = (0,) * len(self.kernel_size)
         if self._is_plain(input, weight, bias):
             plan = self.plan_for(input, padding)
-            return torch_ops.execute(plan, input, torch_ops.packed_weights(plan, weight), bias, None)
+            return torch_ops.execute(
+                plan, input, torch_ops.packed_weights(plan, weight), bias, None
+            )
         if self.channels_last and input.dim() == len(self.kernel_size) + 2:
             input = torch_ops.dense(input, CHANNELS_LAST)
         function = (ops.conv1d, ops.conv2d, ops.conv3d)[len(self.kernel_size) - 1]
@@ -107,26 +115,38 @@ class _Conv(nn.modules.conv._ConvNd):
         )
 
     def _is_plain(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-        """An ordinary batch with no gradient to keep and nobody tracing: the operator and its checks may be skipped."""
-        if torch.compiler.is_compiling() or type(input) is not Tensor or input.dim() != weight.dim():
+        """An ordinary batch with no gradient to keep and nobody tracing: the operator and its
+        checks may be skipped."""
+        if (
+            torch.compiler.is_compiling()
+            or type(input) is not Tensor
+            or input.dim() != weight.dim()
+        ):
             return False
         given = (input, weight) if bias is None else (input, weight, bias)
         if torch.is_grad_enabled() and any(t.requires_grad for t in given):
             return False
         same = all(t.dtype == input.dtype and t.device == input.device for t in given)
-        return same and input.device.type != "meta" and not torch.is_autocast_enabled(input.device.type)
+        return (
+            same
+            and input.device.type != "meta"
+            and not torch.is_autocast_enabled(input.device.type)
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_plans": {}}
 
 
 class Conv1d(_Conv, nn.Conv1d):
-    """`torch.nn.Conv1d` with our kernels; further keywords: algorithm, backend, tolerance, channels_last."""
+    """`torch.nn.Conv1d` with our kernels; further keywords: algorithm, backend, tolerance,
+    channels_last."""
 
 
 class Conv2d(_Conv, nn.Conv2d):
-    """`torch.nn.Conv2d` with our kernels; further keywords: algorithm, backend, tolerance, channels_last."""
+    """`torch.nn.Conv2d` with our kernels; further keywords: algorithm, backend, tolerance,
+    channels_last."""
 
 
 class Conv3d(_Conv, nn.Conv3d):
-    """`torch.nn.Conv3d` with our kernels; further keywords: algorithm, backend, tolerance, channels_last."""
+    """`torch.nn.Conv3d` with our kernels; further keywords: algorithm, backend, tolerance,
+    channels_last."""

@@ -1,4 +1,5 @@
-"""`accelerate`: an existing model with its convolutions on our kernels, checked against the original."""
+"""`accelerate`: an existing model with its convolutions on our kernels, checked against the
+original."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ NETWORK_MARGIN = 2.0
 
 @dataclass(frozen=True)
 class Replacement:
-    """What was done with one convolution: its plan on the example input, or the reason why it stays PyTorch's."""
+    """What was done with one convolution: its plan on the example input, or the reason why it stays
+    PyTorch's."""
 
     name: str
     module: str
@@ -39,7 +41,8 @@ class Report:
 
     layers          one Replacement per call of a convolution, in execution order
     error_factor    largest expected layer error, as a multiple of a direct sum's
-    error           max |accelerated - exact| / max |exact| on the example input; exact is the model in float64
+    error           max |accelerated - exact| / max |exact| on the example input; exact is the model
+                    in float64
     original_error  the same of the model itself
     channels_last   whether activations are kept channels last from the first convolution on
 
@@ -54,7 +57,8 @@ class Report:
 
     @property
     def allowed(self) -> float:
-        """The bound on `error`: the model's own error, amplified as its worst layer may be, with a margin."""
+        """The bound on `error`: the model's own error, amplified as its worst layer may be, with a
+        margin."""
         return NETWORK_MARGIN * self.error_factor * self.original_error
 
     def __str__(self) -> str:
@@ -63,11 +67,17 @@ class Report:
             if layer.plan is None:
                 rows.append((layer.name, layer.module, "unchanged: " + layer.reason, ""))
             else:
-                rows.append((layer.name, describe(layer.plan), layer.plan.algorithm, layer.plan.backend))
+                rows.append(
+                    (layer.name, describe(layer.plan), layer.plan.algorithm, layer.plan.backend)
+                )
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines = [
+            "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
+        ]
         done = sum(layer.plan is not None for layer in self.layers)
-        lines.append(f"{done} of {len(self.layers)} convolutions replaced; error {self.error:.1e} of the largest output")
+        lines.append(
+            f"{done} of {len(self.layers)} convolutions replaced; error {self.error:.1e} of the largest output"
+        )
         return "\n".join(lines)
 
 
@@ -95,12 +105,13 @@ def accelerate(
     algorithm, backend, tolerance: as for `fastconv.conv3d`, per layer
     check          compare both models with the model in float64 on the example input
 
-    The copy shares parameters and buffers with the model and has the same state dict and signature; the model itself is
-    not changed. Modules that only derive from PyTorch's convolutions stay as they are. Activations are kept channels
-    last from the first convolution on, unless the model cannot run so (it may use `view`).
+    The copy shares parameters and buffers with the model and has the same state dict and signature;
+    the model itself is not changed. Modules that only derive from PyTorch's convolutions stay as
+    they are. Activations are kept channels last from the first convolution on, unless the model
+    cannot run so (it may use `view`).
 
-    Raises UnsupportedError for a model in training mode, and if the error of the outputs on the example input is
-    beyond `Report.allowed`.
+    Raises UnsupportedError for a model in training mode, and if the error of the outputs on the
+    example input is beyond `Report.allowed`.
     """
     if any(module.training for module in model.modules()):
         raise UnsupportedError("accelerate: the model is in training mode; call model.eval() first")
@@ -118,7 +129,9 @@ def accelerate(
         want = _leaves(model(*args))
         exact = _in_float64(model, args) if check else want
     rows = _replacements(new, layers, last)
-    factor = max((planner.error_factor(row.plan) for row in rows if row.plan is not None), default=1.0)
+    factor = max(
+        (planner.error_factor(row.plan) for row in rows if row.plan is not None), default=1.0
+    )
     report = Report(rows, max(factor, 1.0), distance(got, exact), distance(want, exact), last)
     if check and not report.error <= report.allowed:
         raise UnsupportedError(
@@ -134,7 +147,11 @@ def distance(got: list[Tensor], want: list[Tensor]) -> float:
         if not b.is_floating_point() or not b.numel():
             continue
         b = b.double()
-        off = torch.where((a.double() == b) | (a.isnan() & b.isnan()), 0.0, a.double() - b).abs().max()
+        off = (
+            torch.where((a.double() == b) | (a.isnan() & b.isnan()), 0.0, a.double() - b)
+            .abs()
+            .max()
+        )
         scale = torch.where(b.isfinite(), b, 0.0).abs().max()
         largest = max(largest, float(off / scale) if off else 0.0)
     return largest
@@ -167,13 +184,17 @@ def _rewritten(model: nn.Module, channels_last: bool, **options: Any) -> nn.Modu
             replacement = REPLACEMENTS.get(type(child))
             if replacement is not None:
                 if id(child) not in converted:
-                    converted[id(child)] = replacement.convert(child, channels_last=channels_last, **options)
+                    converted[id(child)] = replacement.convert(
+                        child, channels_last=channels_last, **options
+                    )
                 setattr(parent, name, converted[id(child)])
     root = REPLACEMENTS.get(type(new))
     return new if root is None else root.convert(new, channels_last=channels_last, **options)
 
 
-def _replacements(model: nn.Module, layers: list[Layer], channels_last: bool) -> tuple[Replacement, ...]:
+def _replacements(
+    model: nn.Module, layers: list[Layer], channels_last: bool
+) -> tuple[Replacement, ...]:
     """One row per traced convolution: the plan its module made, or why there is none."""
     modules = dict(model.named_modules())
     rows = []
@@ -184,5 +205,9 @@ def _replacements(model: nn.Module, layers: list[Layer], channels_last: bool) ->
         if isinstance(module, (Conv1d, Conv2d, Conv3d)):
             rows.append(Replacement(layer.name, layer.module, module.plan_of(layer.x_shape)))
         else:
-            rows.append(Replacement(layer.name, layer.module, reason=layer.note or "not PyTorch's own class"))
+            rows.append(
+                Replacement(
+                    layer.name, layer.module, reason=layer.note or "not PyTorch's own class"
+                )
+            )
     return tuple(rows)
