@@ -210,6 +210,14 @@ class Code:
     def select(self, condition: Any, yes: Int | int, no: Int | int) -> Int:
         return Int(self.builder, self.builder.select(condition, self.int(yes).value, self.int(no).value))
 
+    def within(self, low: Int, index: Int | int, high: Int) -> Any:
+        """The condition low <= index < high."""
+        return self.both(low <= index, high > index)
+
+    def both(self, left: Any, right: Any) -> Any:
+        """The condition that two conditions hold."""
+        return self.builder.and_(left, right)
+
     def splat(self, c: Constant) -> Vec:
         """A constant in every lane."""
         return Vec(self.builder, ir.Constant(self.vector, [float(c)] * self.lanes))

@@ -8,12 +8,20 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..epilogue import Epilogue
+from .activations import activate
 from .simd import Code, Int, Vec, block, fma, register_count, vector_width
 
 
 # Rows of the register block by registers and vectors per panel: accumulators, a row of B, one
 # element of A. 14 x 2, 8 x 3 and 6 x 4 run at the fused multiply-add peak, 7 x 4 and 9 x 3 spill.
 _BLOCK_ROWS = {32: {1: 14, 2: 14, 3: 8, 4: 6}, 16: {1: 12, 2: 6, 3: 4, 4: 2}}
+
+
+def epilogue_words(epilogue: Epilogue) -> str:
+    """An Epilogue as the compile-time constant of `gemm_tile`."""
+    words = ["bias"] * epilogue.bias + ["residual"] * epilogue.residual
+    return " ".join([*words, *[epilogue.activation] * (epilogue.activation != "none")])
 
 
 def block_rows(vectors: int) -> int:
@@ -95,7 +103,7 @@ def _tile(
                 total = total + shift
             if "residual" in words:
                 total = total + code.load(residual, residual_stride * i + j * lanes)
-            code.store(_activated(total, words), out, out_stride * i + j * lanes)
+            code.store(activated(total, words), out, out_stride * i + j * lanes)
     with code.when(partial):
         _copy_columns(code, rows, spare, width, c, c_stride, columns)
 
@@ -154,12 +162,9 @@ def _product(
     return code.loop(depth, step, [code.zero()] * (rows * vectors))
 
 
-def _activated(total: Vec, words: list[str]) -> Vec:
+def activated(total: Vec, words: list[str]) -> Vec:
+    """The activation among the words of an epilogue."""
     name = next((w for w in words if w not in ("bias", "residual")), "none")
-    if name == "none":
-        return total
-    from .activations import activate
-
     return activate(total, name)
 
 
