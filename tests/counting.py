@@ -1,8 +1,9 @@
-"""A scalar that counts its own arithmetic, so that analytic operation counts are tested by counting.
+"""A scalar that counts its own arithmetic: analytic operation counts are tested by counting.
 
-Fill an object array with `Counting(value, tally)` and run the reference on it. Additions and subtractions count as additions;
-multiplication by a plain constant is free for 0 and +-1, a shift for +-2^k, a multiplication otherwise; a product of two counting
-scalars is a product of data. Negation, and adding a plain 0 (padding, the start of a sum), cost nothing.
+Fill an object array with `Counting(value, tally)` and run the reference on it. Additions and
+subtractions are additions; multiplication by a plain constant is free for 0 and +-1, a shift for
++-2^k and a multiplication otherwise; a product of two counting scalars is a multiplication, and is
+also counted apart. Negation, and adding a plain 0 (padding, the start of a sum), cost nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 
 @dataclass
 class Tally:
-    """Operations done so far. `products` (data times data) are the element-wise stage, `multiplications` those by constants."""
+    """Operations done so far; `products` are those multiplications that are data times data."""
 
     additions: int = 0
     shifts: int = 0
@@ -59,6 +60,7 @@ class Counting:
     def __mul__(self, other: Any) -> Counting:
         if isinstance(other, Counting):
             self.tally.products += 1
+            self.tally.multiplications += 1
             return Counting(self.value * other.value, self.tally)
         size = abs(Fraction(other))
         if size not in (0, 1):
