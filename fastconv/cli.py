@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import NoReturn
 
-from fastconv import __version__, backends
+from fastconv import __version__, backends, count_table
+from fastconv.counts import TILES
 from fastconv.errors import BackendError, GeometryError, UnsupportedError
 from fastconv.video import VideoError, default_clip
 
@@ -30,9 +31,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     command: Callable[[argparse.Namespace], int] = args.command
     try:
-        return command(args)
+        code = command(args)
+        sys.stdout.flush()
+        return code
     except EXPECTED_ERRORS as error:
         print(f"fastconv: {error}", file=sys.stderr)
+        return FAILED
+    except BrokenPipeError:  # the reader, `head` or a pager, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
 
 
@@ -57,8 +63,25 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--threads", type=_positive, help="default: every CPU this process may use")
     demo.set_defaults(command=_demo)
 
-    count = commands.add_parser("count", help="multiplications, additions and bytes, per layer")
+    count = commands.add_parser(
+        "count",
+        help="multiplications, additions and bytes, per layer",
+        epilog=count_table.HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     count.add_argument("targets", nargs="+", metavar="NETWORK|LAYER")
+    count.add_argument(
+        "--tiles",
+        type=_tiles,
+        default=TILES,
+        metavar="M,M,...",
+        help="outputs per tile, default: 2,4",
+    )
+    form = count.add_mutually_exclusive_group()
+    for name in ("json", "csv"):
+        form.add_argument(
+            f"--{name}", dest="form", action="store_const", const=name, default="table"
+        )
     count.set_defaults(command=_count)
 
     transform = commands.add_parser("transform", help="the exact matrices of F(M, R)")
@@ -83,9 +106,8 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _count(args: argparse.Namespace) -> int:
-    from fastconv import tables
-
-    return tables.run(args)
+    print(count_table.run(args.targets, args.form, args.tiles))
+    return 0
 
 
 def _transform(args: argparse.Namespace) -> int:
@@ -157,6 +179,15 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return value
+
+
+def _tiles(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if not all(part.isdecimal() and 1 <= int(part) <= 8 for part in parts):
+        raise argparse.ArgumentTypeError(
+            f"expected whole numbers from 1 to 8 separated by commas, got {text!r}"
+        )
+    return tuple(map(int, parts))
 
 
 def _fractions(text: str) -> tuple[Fraction, ...]:

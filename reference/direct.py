@@ -19,13 +19,21 @@ def exact(array: np.ndarray) -> np.ndarray:
     return array if array.dtype == object else array.astype(np.float64)
 
 
+def zeros_around(x: np.ndarray, widths) -> np.ndarray:
+    """(before, after) zeros of x's own kind on every axis behind the first two: counting scalars
+    stay countable."""
+    zero = x.flat[0] * 0 if x.dtype == object and x.size else 0
+    return np.pad(x, ((0, 0), (0, 0), *widths), constant_values=zero)
+
+
 def pad(x: np.ndarray, geometry: Geometry) -> np.ndarray:
     """Zeros around every axis: (N, C, *in_size) -> (N, C, *padded_size)."""
-    return np.pad(x, ((0, 0), (0, 0), *geometry.padding))
+    return zeros_around(x, geometry.padding)
 
 
 def taps(padded: np.ndarray, geometry: Geometry):
-    """Yield (tap, view): the padded input under one kernel tap for all outputs, view (N, C, *out_size)."""
+    """Yield (tap, view): the padded input under one kernel tap for all outputs, view (N, C,
+    *out_size)."""
     for tap in product(*map(range, geometry.kernel)):
         window = (
             slice(k * d, k * d + (o - 1) * s + 1, s)
@@ -43,14 +51,17 @@ def contract(w: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 def correlate(x: np.ndarray, w: np.ndarray, geometry: Geometry) -> np.ndarray:
-    """y[n, k, o] = sum over c, tap of w[k, c, tap] * x[n, c, o * stride + tap * dilation - padding], per group.
+    """y[n, k, o] = sum over c, tap of w[k, c, tap] * x[n, c, o * stride + tap * dilation -
+    padding], per group.
 
     x (N, C, *in_size), w (K, C / G, *kernel), returns (N, K, *out_size) in float64.
     Equivalent to `torch.nn.functional.conv3d(x, w, None, stride, padding, dilation, groups)`.
     """
     padded, w = pad(exact(x), geometry), exact(w)
     per_group = []
-    for xg, wg in zip(np.split(padded, geometry.groups, 1), np.split(w, geometry.groups), strict=True):
+    for xg, wg in zip(
+        np.split(padded, geometry.groups, 1), np.split(w, geometry.groups), strict=True
+    ):
         parts = [contract(wg[(..., *tap)], view) for tap, view in taps(xg, geometry)]
         per_group.append(sum(parts[1:], parts[0]))
     return np.concatenate(per_group, axis=1)

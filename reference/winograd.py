@@ -1,8 +1,10 @@
-"""Minimal filtering F(m, r) per axis, nested over 1, 2 or 3 axes (Winograd 1980; Lavin and Gray 2016, section 4).
+"""Minimal filtering F(m, r) per axis, nested over 1, 2 or 3 axes (Winograd 1980; Lavin and Gray
+2016, section 4).
 
-A strided axis is split into phases (polyphase): output o reads inputs o * s + k, so phase p sees the inputs p, p + s,
-... under the taps p, p + s, ...; the phases are stride-1 convolutions of ceil(r / s) taps whose products are summed
-before the inverse transform. The transform of a strided axis is therefore F(m, ceil(r / s)).
+A strided axis is split into phases (polyphase): output o reads inputs o * s + k, so phase p sees
+the inputs p, p + s, ... under the taps p, p + s, ...; the phases are stride-1 convolutions of
+ceil(r / s) taps whose products are summed before the inverse transform. The transform of a strided
+axis is therefore F(m, ceil(r / s)).
 """
 
 from __future__ import annotations
@@ -33,8 +35,11 @@ def supports(geometry: Geometry, dtype: str, epilogue: Epilogue) -> str | None:
 
 
 def phases(geometry: Geometry) -> list[tuple[int, ...]]:
-    """Offsets of the polyphase split, one int per axis; a single zero offset for stride 1."""
-    return list(product(*map(range, geometry.stride)))
+    """Offsets of the polyphase split, one int per axis; a single zero offset for stride 1, none for
+    a phase without taps."""
+    return list(
+        product(*(range(min(s, k)) for s, k in zip(geometry.stride, geometry.kernel, strict=True)))
+    )
 
 
 def filter_transform(
@@ -47,7 +52,7 @@ def filter_transform(
 def _transform_phase(w, phase, transforms, geometry):
     part = w[(..., *(slice(p, None, s) for p, s in zip(phase, geometry.stride, strict=True)))]
     missing = [(0, t.r - k) for t, k in zip(transforms, part.shape[2:], strict=True)]
-    part = np.pad(part, ((0, 0), (0, 0), *missing))
+    part = direct.zeros_around(part, missing)
     for axis, t in enumerate(transforms, 2):
         part = apply_along(t.filter_program, part, axis)
     return part
@@ -66,12 +71,14 @@ def input_transform(
     count = tiles(geometry, transforms)
     out = []
     for phase in phases(geometry):
-        part = padded[(..., *(slice(p, None, s) for p, s in zip(phase, geometry.stride, strict=True)))]
+        part = padded[
+            (..., *(slice(p, None, s) for p, s in zip(phase, geometry.stride, strict=True)))
+        ]
         # Whole tiles: zeros behind, or a cut where the last inputs reach no output.
         reach = [(p - 1) * t.m + t.alpha for p, t in zip(count, transforms, strict=True)]
         part = part[(..., *map(slice, reach))]
         missing = [(0, e - s) for e, s in zip(reach, part.shape[2:], strict=True)]
-        part = np.pad(part, ((0, 0), (0, 0), *missing))
+        part = direct.zeros_around(part, missing)
         windows = np.lib.stride_tricks.sliding_window_view(
             part, [t.alpha for t in transforms], tuple(range(2, 2 + n))
         )
@@ -91,14 +98,18 @@ def output_transform(
         m = apply_along(t.output_program, m, axis)
     # (N, K, P1.., m1..) -> (N, K, P1, m1, P2, m2, ...)
     m = m.transpose(0, 1, *(a for i in range(n) for a in (2 + i, 2 + n + i)))
-    m = m.reshape(*m.shape[:2], *(p * t.m for p, t in zip(tiles(geometry, transforms), transforms, strict=True)))
+    m = m.reshape(
+        *m.shape[:2],
+        *(p * t.m for p, t in zip(tiles(geometry, transforms), transforms, strict=True)),
+    )
     return m[(..., *map(slice, geometry.out_size))]
 
 
 def multiply(u: np.ndarray, v: np.ndarray, n: int) -> np.ndarray:
     """M = sum over phases and channels of U V: u (S, K, C, *alpha), v (S, N, C, *tiles, *alpha).
 
-    Returns (N, K, *tiles, *alpha): one matrix product (K, S C) x (S C, N tiles) per point of the alpha grid.
+    Returns (N, K, *tiles, *alpha): one matrix product (K, S C) x (S C, N tiles) per point of the
+    alpha grid.
     """
     s, k, c, *alpha = u.shape
     batch, count = v.shape[1], v.shape[3 : 3 + n]
@@ -123,8 +134,9 @@ def workspace_size(plan: Plan) -> int:
 def run(plan, x, packed, bias, residual, y, workspace) -> None:
     """Write the convolution of x by F(m, r) on every axis, and its epilogue, to y.
 
-    x (N, C, *in_size), packed U (phases, K, C, *alpha), bias (K,) or None, residual (N, K, *out_size) or None,
-    y (N, K, *out_size) written. plan.transforms has one F(m, ceil(kernel / stride)) per axis.
+    x (N, C, *in_size), packed U (phases, K, C, *alpha), bias (K,) or None, residual (N, K,
+    *out_size) or None, y (N, K, *out_size) written. plan.transforms has one F(m, ceil(kernel /
+    stride)) per axis.
 
     Equivalent to `F.conv3d(x, w, bias, stride, padding)`.
     """
