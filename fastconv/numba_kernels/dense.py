@@ -11,14 +11,12 @@ from dataclasses import replace
 from math import prod
 
 import numpy as np
-from llvmlite import ir
-from numba.core import types
-from numba.extending import intrinsic
 
 from ..geometry import Geometry
 from ..plan import Plan
 from .finish import activation_number, finish_rows
 from .gemm import block_rows, pack_panels, panel_vectors
+from .memory import clear, int_at, poke
 from .simd import (
     Code,
     Int,
@@ -91,24 +89,6 @@ def scratch_size(plan: Plan) -> int:
     return sum(_sizes(plan)) * threads()
 
 
-@intrinsic
-def poke(_context, array, index, value):
-    """Set element `index` of an int64 array given by its address."""
-
-    def generate(context, builder, _signature, values):
-        start = builder.inttoptr(values[0], ir.IntType(64).as_pointer())
-        builder.store(values[2], builder.gep(start, [values[1]]))
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), generate
-
-
-@block
-def clear(code: Code, dtype: str, target: Int, count: Int) -> None:
-    """Write `count` zeros, rounded up to whole vectors."""
-    code.loop(count, lambda i, _: code.store(code.zero(), target, i), step=code.lanes)
-
-
 @block
 def gather_product(
     code: Code,
@@ -122,21 +102,21 @@ def gather_product(
     depth: Int,
     panel: Int,
     sums: Int,
+    y: Int,
+    y_stride: Int,
 ) -> None:
     """sums (rows, vectors * lanes) = sum over taps of the inputs under the table times the panel.
 
     table (taps, table_stride) int64: addresses of inputs, `rows` valid per tap
     shift: elements from there to the group's first channel;  depth: channels per group
     panel (taps * depth, vectors * lanes)
+    y, y_stride: where the rows go afterwards; their cache lines are asked for now
     """
-    width, b = vectors * code.lanes, code.builder
+    width = vectors * code.lanes
 
     def tap(t: Int, sums: list[Vec]) -> list[Vec]:
-        start = b.inttoptr((table + t * table_stride * 8).value, ir.IntType(64).as_pointer())
-        inputs = [
-            Int(b, b.load(b.gep(start, [ir.IntType(64)(i)]))) + shift * code.item
-            for i in range(rows)
-        ]
+        entries = table + t * table_stride * 8
+        inputs = [int_at(code, entries, i) + shift * code.item for i in range(rows)]
         under = panel + t * depth * (width * code.item)
 
         def channel(c: Int, sums: list[Vec]) -> list[Vec]:
@@ -149,6 +129,9 @@ def gather_product(
 
         return code.loop(depth, channel, sums)
 
+    for i in range(rows):
+        for j in range(vectors):
+            code.prefetch(y, i * y_stride + j * code.lanes, write=True)
     totals = code.loop(taps, tap, [code.zero()] * (rows * vectors))
     for n, total in enumerate(totals):
         code.store(total, sums, n * code.lanes)
@@ -214,12 +197,12 @@ def _dense_kernel(DTYPE, ITEM, ROWS, VECTORS, WIDTH):
             g, column = n // per_group, n % per_group * WIDTH
             channel = g * group + column
             for p in range(0, last - first, ROWS):
+                at = ((first + p) * k + channel) * ITEM
                 gather_product(
                     DTYPE, ROWS, VECTORS,
                     table + p * 8, size, taps, g * depth, depth,
-                    panels + n * taps * depth * WIDTH * ITEM, sums,
+                    panels + n * taps * depth * WIDTH * ITEM, sums, y + at, k,
                 )  # fmt: skip
-                at = ((first + p) * k + channel) * ITEM
                 finish_rows(
                     DTYPE, VECTORS, sums, min(ROWS, last - first - p), y + at, k,
                     min(group - column, WIDTH), bias + channel * ITEM * (bias != 0),

@@ -9,7 +9,7 @@ import numpy as np
 from ..epilogue import Epilogue
 from ..geometry import Geometry
 from ..plan import Plan
-from . import dense
+from . import dense, strips
 from .layout import channels_last_views, pieces_size, views_size
 
 CONFIGS: tuple[dict[str, int], ...] = ({},)
@@ -23,7 +23,7 @@ def supports(geometry: Geometry, dtype: str, epilogue: Epilogue) -> str | None:
 
 def _form(plan: Plan) -> Any:
     """The module that computes a plan."""
-    return dense
+    return dense if plan.geometry.groups == 1 else strips
 
 
 def prepack(weights: np.ndarray, plan: Plan) -> np.ndarray:
