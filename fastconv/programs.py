@@ -334,7 +334,7 @@ class _Network:
         return prices[1] * (len(targets) - 1) + _products_saved(change, products, prices)
 
     def _reuse_sum(self, prices: Prices) -> bool:
-        """Write one row as a multiple of another and a rest, where that saves most; False: nowhere."""
+        """Write one row as a multiple of another and a rest where that saves most, if any."""
         products = self._products()
         best: tuple[int, int, Row] | None = None
         for source, form in self.rows.items():
