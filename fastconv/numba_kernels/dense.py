@@ -46,9 +46,9 @@ def pack(weights: np.ndarray, plan: Plan) -> np.ndarray:
 
 
 def merged(geometry: Geometry) -> Geometry:
-    """The same convolution with as few axes as possible: axes that nothing slides over become one.
+    """The same convolution with as few axes as possible: what nothing slides over becomes one row.
 
-    Pixels follow each other in channels-last memory, so (N, H, W) of a 1 x 1 kernel is one long row.
+    Pixels follow each other in channels-last memory, so (N, T, H, W) of a 1 x 1 x 1 kernel is one.
     """
     g = geometry.lifted()
     sizes, still = (
@@ -212,6 +212,17 @@ def _dense_kernel(DTYPE, ITEM, ROWS, VECTORS, WIDTH):
     return kernel
 
 
+def cycles(plan: Plan) -> float:
+    """Roughly, on one thread; constants measured on 512-bit registers."""
+    g = plan.geometry
+    group = g.out_channels // g.groups
+    vectors = panel_vectors(group, plan.dtype)
+    panels = -(-group // (vectors * vector_width(plan.dtype)))
+    # Per pixel: the sums, an address per tap and panel, the way to y; and the table itself.
+    sums = g.taps * (g.in_channels // g.groups * vectors / 2 + 1) + 4 * vectors
+    return g.batch * prod(g.out_size) * (g.groups * panels * sums + 2 * g.taps)
+
+
 def run(
     plan: Plan,
     x: np.ndarray,
@@ -245,7 +256,7 @@ def run(
 
 
 def _split(pixels: int, rows: int, panels: int) -> tuple[int, int, int]:
-    """Pixels per block, blocks, panels per item: enough items for all threads, large ones if many."""
+    """Pixels per block, blocks, panels per item: large items, but enough for all threads."""
     wanted = 4 * threads()
     size = min(_pixels(rows), max(-(-pixels // (wanted * rows)), 1) * rows)
     blocks = -(-pixels // size)

@@ -1,4 +1,4 @@
-"""The end of every direct kernel: sums from scratch, through bias, residual and activation, to y."""
+"""The end of a direct kernel: sums from scratch, through bias, residual and activation, to y."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,14 @@ def supports(geometry: Geometry, dtype: str, epilogue: Epilogue) -> str | None:
     return None if dtype in DTYPES else f"dtype {dtype} is not one of {', '.join(DTYPES)}"
 
 
+@functools.lru_cache(maxsize=256)
 def _form(plan: Plan) -> Any:
-    """The module that computes a plan."""
-    return dense if plan.geometry.groups == 1 else strips
+    """The module that computes a plan: the one with fewer cycles by its own count.
+
+    On one thread, because weights stay packed when the number of threads changes.
+    """
+    pixels_in_lanes = strips.cycles(strips.cut(plan, workers=1), workers=1)
+    return strips if pixels_in_lanes < dense.cycles(plan) else dense
 
 
 def prepack(weights: np.ndarray, plan: Plan) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Convolution with few channels per group: lanes are output pixels, and nothing is padded to a vector.
+"""Convolution with few channels per group: lanes are output pixels, no channel is padded.
 
 A strip of output rows moves along T. Its input rows are transposed once into a ring of frames,
 [channel][frame][phase][row][column], so that every tap of every output of the strip is one offset:
@@ -15,8 +15,10 @@ from math import prod
 
 import numpy as np
 
+from ..epilogue import ACTIVATIONS
 from ..geometry import Geometry
 from ..plan import Plan
+from .activations import activate
 from .finish import activation_number, finish_rows
 from .layout import transpose_tile
 from .memory import clear, int_at, poke
@@ -35,7 +37,7 @@ from .simd import (
     vector_width,
 )
 
-RING_BYTES = 400 << 10  # of one thread's ring and sums: they stay in L2
+RING_BYTES = 640 << 10  # of one thread's ring and sums: most of it stays in L2
 LINE_BYTES = 64
 
 
@@ -43,8 +45,8 @@ def register_block(outputs: int) -> tuple[int, int]:
     """Output channels and vectors of pixels whose sums are kept in registers."""
     spare = register_count() - 1
     blocks = range(1, min(outputs, 12 if spare > 16 else 6) + 1)
-    # Least padding, then most sums at once: enough to hide the latency of an addition.
-    best = min(blocks, key=lambda k: (-(-outputs // k) * k, -k * min(spare // (k + 1), 8)))
+    # Least padding, then most sums at once, then most uses of a pixel.
+    best = min(blocks, key=lambda k: (-(-outputs // k) * k, -k * min(spare // (k + 1), 8), -k))
     return best, min(spare // (best + 1), 8)
 
 
@@ -92,13 +94,13 @@ def cut(plan: Plan, workers: int) -> Strips:
     g = plan.geometry.lifted()
     width = -(-g.out_size[2] // -(-g.out_size[2] // 256))
     fewest = max(1, vector_width(plan.dtype) // max(g.in_channels // g.groups, 1))
-    groups = sorted({min(g.groups, fewest * n) for n in (1, 2, 3, 4, 6, 8, 12, 16)} | {1})
-    heights = [h for h in range(1, min(g.out_size[1], 64) + 1)]
+    groups = sorted({min(g.groups, fewest * n) for n in (1, 2, 3, 4, 5, 6, 8, 12, 16)} | {1})
+    heights = range(1, min(g.out_size[1], 64) + 1)
     cuts = [_strips(g, plan.dtype, n, h, width) for n in groups for h in heights]
     small = [s for s in cuts if sum(s.parts) * _item(plan) <= RING_BYTES]
     if not small:
         return min(cuts, key=lambda s: sum(s.parts))
-    return min(small, key=lambda s: _cycles(s, workers))
+    return min(small, key=lambda s: cycles(s, workers))
 
 
 def _item(plan: Plan) -> int:
@@ -110,7 +112,7 @@ def _strips(g: Geometry, dtype: str, groups: int, rows: int, columns: int) -> St
     channels, vectors = register_block(g.out_channels // g.groups)
     axes = list(zip(g.kernel, g.stride, g.dilation, strict=True))
     phases = _residues(*axes[1]), _residues(*axes[2])
-    row_length = columns + _reach(*axes[2])
+    row_length = _row_length(g, phases[1], columns)
     frame = len(phases[0]) * len(phases[1]) * (rows + _reach(*axes[1])) * row_length
     ring = g.span[0]
     block_pixels = vectors * lanes
@@ -124,7 +126,19 @@ def _strips(g: Geometry, dtype: str, groups: int, rows: int, columns: int) -> St
     )  # fmt: skip
 
 
-def _cycles(s: Strips, workers: int) -> float:
+def _row_length(g: Geometry, phases: tuple[int, ...], columns: int) -> int:
+    """Columns of a packed row; zeros in front of a row are those behind the row before it too."""
+    w, s, before = g.in_size[2], g.stride[2], g.padding[2][0]
+    full = columns + _reach(g.kernel[2], s, g.dilation[2])
+    if columns < g.out_size[2]:
+        return full
+    starts = [phase - before for phase in phases]
+    zeros = min(max(-(start // s), 0) for start in starts)
+    data = max(min((w - 1 - start) // s + 1, full) for start in starts)
+    return max(full - zeros, data)
+
+
+def cycles(s: Strips, workers: int) -> float:
     """Roughly, of the busiest thread; constants measured on 512-bit registers."""
     g = s.geometry
     c, k = g.in_channels // g.groups, g.out_channels // g.groups
@@ -135,12 +149,15 @@ def _cycles(s: Strips, workers: int) -> float:
     tiles = -(-s.groups * c // s.lanes) * (s.frame // s.row_length) * -(-s.row_length // s.lanes)
     outputs = -(-s.groups * k // s.lanes) * s.rows * -(-s.columns // s.lanes)
     frames = min(g.stride[0], s.ring)
-    return -(-items // workers) * g.out_size[0] * (sums + 150 * frames * tiles + 250 * outputs)
+    return -(-items // workers) * g.out_size[0] * (sums + 150 * (frames * tiles + outputs))
 
 
 def scratch_size(plan: Plan) -> int:
     """Elements of plan.dtype that all threads need."""
-    return sum(cut(plan, threads()).parts) * threads()
+    s = cut(plan, threads())
+    g = s.geometry
+    padded_bias = g.groups * -(-g.out_channels // g.groups // s.channels) * s.channels
+    return sum(s.parts) * threads() + padded_bias
 
 
 def pack(weights: np.ndarray, plan: Plan) -> np.ndarray:
@@ -168,13 +185,15 @@ def pixels_product(
     source: Int,
     source_stride: Int,
     weights: Int,
+    bias: Int,
     sums: Int,
     sums_stride: Int,
 ) -> None:
-    """sums (channels, vectors * lanes) = sum over taps and depth of weights times shifted pixels.
+    """sums (channels, vectors * lanes) = bias + sum over taps and depth of weights times pixels.
 
     table (taps, 2) int64: offset into a channel of source, offset into the weights
-    source (depth, source_stride);  weights (depth, channels) at each tap's offset
+    source (depth, source_stride);  bias (channels,)
+    weights (depth, channels) at each tap's offset
     """
 
     def tap(t: Int, totals: list[Vec]) -> list[Vec]:
@@ -192,10 +211,24 @@ def pixels_product(
 
         return code.loop(depth, channel, totals)
 
-    totals = code.loop(taps, tap, [code.zero()] * (channels * vectors))
+    first = [code.broadcast(bias, k) for k in range(channels) for _ in range(vectors)]
+    totals = code.loop(taps, tap, first)
     for k in range(channels):
         for j in range(vectors):
             code.store(totals[k * vectors + j], sums, k * sums_stride + j * code.lanes)
+
+
+@block
+def activate_row(code: Code, dtype: str, row: Int, count: Int, activation: Int) -> None:
+    """row (count,) = activation(row), whole vectors."""
+    for number, name in enumerate(ACTIVATIONS):
+        if name != "none":
+
+            def vector(i: Int, _: list[Vec], name: str = name) -> None:
+                code.store(activate(code.load(row, i), name), row, i)
+
+            with code.when(activation.is_(number)):
+                code.loop(count, vector, step=code.lanes)
 
 
 def _strips_kernel(DTYPE, ITEM, LANES, CHANNELS, VECTORS):
@@ -247,7 +280,9 @@ def _strips_kernel(DTYPE, ITEM, LANES, CHANNELS, VECTORS):
                             start = first_column * sw - pw + peek(residues, row_phases + e)
                             left = max((sw - 1 - start) // sw, 0)
                             right = min((w - 1 - start) // sw + 1, length)
-                            target = slot + ((a * column_phases + e) * packed_rows + r) * length * ITEM
+                            target = (
+                                slot + ((a * column_phases + e) * packed_rows + r) * length * ITEM
+                            )
                             for n in range(0, channels, LANES):
                                 q = left
                                 while q < right:
@@ -278,24 +313,32 @@ def _strips_kernel(DTYPE, ITEM, LANES, CHANNELS, VECTORS):
                             DTYPE, CHANNELS, VECTORS, table, taps, depth,
                             ring + (g * depth * stride + p) * ITEM, stride,
                             weights + under * kt * area * depth * CHANNELS * ITEM,
+                            bias + under * CHANNELS * ITEM,
                             sums + ((g * outputs + n * CHANNELS) * sums_stride + p) * ITEM,
                             sums_stride,
                         )  # fmt: skip
+            if residual == 0 and activation != 0:
+                for n in range(some * outputs):
+                    activate_row(DTYPE, sums + n * sums_stride * ITEM, pixels, activation)
             for r in range(rows):
                 out_row = ((b * ot + o) * oh + first_row + r) * ow + first_column
                 for n in range(0, some * outputs, LANES):
-                    channel = first_group * outputs + n
-                    for q in range(0, columns, LANES):
-                        transpose_tile(
-                            DTYPE, sums + (n * sums_stride + r * length + q) * ITEM, sums_stride,
-                            tile, LANES, LANES, LANES,
-                        )  # fmt: skip
+                    left, channel = some * outputs - n, first_group * outputs + n
+                    q = 0
+                    while q < columns:
+                        if residual == 0 and columns >= LANES:
+                            q = min(q, columns - LANES)
+                        source = sums + (n * sums_stride + r * length + q) * ITEM
                         at = ((out_row + q) * k + channel) * ITEM
-                        finish_rows(
-                            DTYPE, 1, tile, min(LANES, columns - q), y + at, k,
-                            min(some * outputs - n, LANES), bias + channel * ITEM * (bias != 0),
-                            residual + at * (residual != 0), activation,
-                        )  # fmt: skip
+                        if residual == 0:
+                            transpose_tile(DTYPE, source, sums_stride, y + at, k, left, columns - q)
+                        else:
+                            transpose_tile(DTYPE, source, sums_stride, tile, LANES, LANES, LANES)
+                            finish_rows(
+                                DTYPE, 1, tile, min(LANES, columns - q), y + at, k,
+                                min(left, LANES), 0, residual + at, activation,
+                            )  # fmt: skip
+                        q += LANES
 
     return kernel
 
@@ -329,9 +372,14 @@ def run(
     offsets = _offsets(s)
     residues = np.array([*s.phases[0], *s.phases[1]], np.int64)
     ends = np.cumsum(s.parts) * item
+    shift = scratch[-packed.shape[0] * packed.shape[1] * s.channels :]
+    shift[...] = 0
+    if bias is not None:
+        outputs = g.out_channels // g.groups
+        shift.reshape(g.groups, -1)[:, :outputs] = bias.reshape(g.groups, outputs)
     params = (
         address(x), address(y), address(packed),
-        address(bias), address(residual), activation_number(plan.epilogue),
+        address(shift), address(residual), activation_number(plan.epilogue),
         address(scratch), ends[3], ends[0], ends[1], ends[2],
         *g.in_size, g.in_channels, *g.out_size, g.out_channels, *g.stride,
         *(before for before, _ in g.padding), g.kernel[0], g.dilation[0], g.groups,
