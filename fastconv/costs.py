@@ -1,5 +1,4 @@
-"""What a plan should cost: a model with measured constants, used to rank candidates and for nothing
-else.
+"""What a plan should cost: a model with measured constants, used only to rank candidates.
 
 Time is the longer of computing (element-wise multiplications, plus transform operations) and moving
 memory, plus the cost of a call. Rates are per thread of an AVX-512 server CPU (`bench/calibrate.py`
@@ -18,8 +17,12 @@ from .plan import CONTIGUOUS, Plan
 
 @dataclass(frozen=True)
 class Rate:
-    """multiplications and transform operations per nanosecond and thread, bytes per nanosecond,
-    cost of a call."""
+    """Speed of one backend at one family.
+
+    multiplications, transforms  operations per nanosecond and thread
+    bytes                        per nanosecond, all threads together
+    call_ms                      cost of a call
+    """
 
     multiplications: float
     transforms: float = 1.0
@@ -40,10 +43,8 @@ FAST = {
 }
 # The definition in NumPy, and backends without measurements yet.
 SLOW = Rate(0.5, 0.05, 1.0, 0.2)
-# oneDNN's grouped convolution with few channels per group, and the framework's reorder of
-# contiguous arrays.
-TORCH_SMALL_GROUPS = 40.0
-LAYOUT_BYTES = 8.0
+TORCH_SMALL_GROUPS = 40.0  # oneDNN's grouped convolution with few channels per group
+LAYOUT_BYTES = 8.0  # the reorder of contiguous arrays
 
 
 def multiplications(plan: Plan) -> int:

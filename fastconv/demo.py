@@ -1,5 +1,4 @@
-"""`python -m fastconv demo`: a real clip through a network twice, on PyTorch's convolutions and on
-ours."""
+"""`python -m fastconv demo`: a real clip through a network, on PyTorch's convolutions and ours."""
 
 from __future__ import annotations
 
@@ -78,7 +77,8 @@ def _compare(args: argparse.Namespace, clip: Clip, path: Path, step: Callable[[s
     options: dict[str, Any] = {"clip": clip.data.shape[1:]} if args.network == "c3d" else {}
     network = build(args.network, **options).eval()
     # PyTorch is given its faster layout for video too.
-    peer = copy.deepcopy(network).to(memory_format=torch.channels_last_3d)
+    peer: Any = copy.deepcopy(network)
+    peer.to(memory_format=torch.channels_last_3d)
     x = torch.from_numpy(clip.data)[None].to(memory_format=torch.channels_last_3d)
     step("planning, compiling on first use, checking against float64")
     ours, report = accelerate(network, x, backend=args.backend)
@@ -148,26 +148,13 @@ def _rows(report: Report, per_layer: dict[str, dict[str, list[float]]]) -> list[
 
 
 def _table(rows: list[Row]) -> list[str]:
-    """One line per layer and one in total; a fast algorithm's share of the direct multiplications
-    in percent."""
-    cells = [
-        (
-            "layer",
-            "geometry",
-            "algorithm",
-            "backend",
-            "direct",
-            "actual",
-            "",
-            "torch ms",
-            "ours ms",
-            "ratio",
-        )
-    ]
-    total = Row(
-        "convolutions", "", "", "", *(sum(getattr(r, a) for r in rows) for a in ("direct", "multiplications")),
-        *(sum(getattr(r, a) for r in rows) for a in ("torch_ms", "ours_ms")),
-    )  # fmt: skip
+    """One line per layer and one in total; percent of the direct multiplications behind ours."""
+    texts = ("layer", "geometry", "algorithm", "backend")
+    numbers = ("direct", "actual", "", "torch ms", "ours ms", "ratio")
+    cells = [(*texts, *numbers)]
+    summed = ("direct", "multiplications", "torch_ms", "ours_ms")
+    sums = (sum(getattr(r, name) for r in rows) for name in summed)
+    total = Row("convolutions", "", "", "", *sums)
     for r in (*rows, total):
         share = f"{100 * r.multiplications / r.direct:.0f}%"
         numbers = (
@@ -176,12 +163,15 @@ def _table(rows: list[Row]) -> list[str]:
             share,
             f"{r.torch_ms:.2f}",
             f"{r.ours_ms:.2f}",
+            f"{r.torch_ms / r.ours_ms:.2f}",
         )
-        cells.append(
-            (r.name, r.geometry, r.algorithm, r.backend, *numbers, f"{r.torch_ms / r.ours_ms:.2f}")
-        )
+        cells.append((r.name, r.geometry, r.algorithm, r.backend, *numbers))
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return ["  ".join(c.ljust(w) if i < 4 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in cells]  # fmt: skip
+    sides = [str.ljust] * len(texts) + [str.rjust] * len(numbers)
+    return [
+        "  ".join(side(cell, w) for side, cell, w in zip(sides, row, widths, strict=True))
+        for row in cells
+    ]
 
 
 def _summary(
@@ -197,13 +187,19 @@ def _summary(
 
     torch_ms, ours_ms = median(totals["torch"]), median(totals["ours"])
     frames = f"{len(clip.indices)} of {clip.source_frames} frames, every {clip.sampling_rate}"
-    yield f"\n{path.name}: {frames}; {network}, seeded random weights, {torch.get_num_threads()} threads"
-    yield f"whole network: PyTorch channels_last_3d {torch_ms:.1f} ms, ours {ours_ms:.1f} ms, ratio {torch_ms / ours_ms:.2f}"
+    threads = torch.get_num_threads()
+    top = {"PyTorch": want, "ours": got}
+    yield f"\n{path.name}: {frames}; {network}, seeded random weights, {threads} threads"
     yield (
-        f"largest error against float64, relative: PyTorch {report.original_error:.1e}, ours {report.error:.1e}, "
-        f"bound {report.allowed:.1e}: outputs match"
+        f"whole network: PyTorch channels_last_3d {torch_ms:.1f} ms, ours {ours_ms:.1f} ms, "
+        f"ratio {torch_ms / ours_ms:.2f}"
     )
-    yield f"top classes: PyTorch {want[0].topk(5).indices.tolist()}, ours {got[0].topk(5).indices.tolist()}"
+    yield (
+        f"largest error against float64, relative: PyTorch {report.original_error:.1e}, "
+        f"ours {report.error:.1e}, bound {report.allowed:.1e}: outputs match"
+    )
+    tops = (f"{who} {y[0].topk(5).indices.tolist()}" for who, y in top.items())
+    yield f"top classes: {', '.join(tops)}"
 
 
 @contextmanager

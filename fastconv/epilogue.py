@@ -11,11 +11,15 @@ ACTIVATIONS = ("none", "relu", "silu", "hardswish", "sigmoid")
 
 @dataclass(frozen=True)
 class Epilogue:
-    """`y = activation(conv + bias + residual)`; residual has the shape of y and is added before the
-    activation.
+    """y = activation(conv + bias + residual), the residual having the shape of y.
 
-    none: z;  relu: max(z, 0);  silu: z * sigmoid(z);  hardswish: z * min(max(z + 3, 0), 6) / 6;
-    sigmoid: 1 / (1 + exp(-z)).  NaN stays NaN under each of them.
+    none       z
+    relu       max(z, 0)
+    silu       z * sigmoid(z)
+    hardswish  z * min(max(z + 3, 0), 6) / 6
+    sigmoid    1 / (1 + exp(-z))
+
+    NaN stays NaN under each of them.
     """
 
     bias: bool = False

@@ -49,8 +49,7 @@ class Geometry:
         *,
         op: str | None = None,
     ) -> Geometry:
-        """Validate the arguments of a convolution; they mean what they mean in
-        `torch.nn.functional.conv3d`.
+        """Validate the arguments of a convolution, which mean what they mean in PyTorch.
 
         x_shape: (N, C, *size) or, without a batch, (C, *size)
         w_shape: (K, C / groups, *kernel)
@@ -64,13 +63,14 @@ class Geometry:
         n = len(ws) - 2
         if n not in (1, 2, 3):
             raise GeometryError(
-                f"{op or 'conv'}: weight must have 3, 4 or 5 dimensions (1, 2 or 3 axes), got shape {ws}"
+                f"{op or 'conv'}: weight must have 3, 4 or 5 dimensions (1, 2 or 3 axes), "
+                f"got shape {ws}"
             )
         op = op or f"conv{n}d"
         if len(xs) not in (n + 1, n + 2):
             raise GeometryError(
-                f"{op}: input must have {n + 2} dimensions (batch, channels, {n} axes) or {n + 1} without a batch, "
-                f"got shape {xs}"
+                f"{op}: input must have {n + 2} dimensions (batch, channels, {n} axes) "
+                f"or {n + 1} without a batch, got shape {xs}"
             )
         batch, channels, size = (1, xs[0], xs[1:]) if len(xs) == n + 1 else (xs[0], xs[1], xs[2:])
         groups = _integer(op, "groups", groups, 1)
@@ -96,8 +96,9 @@ class Geometry:
             if out < 1:
                 before, after = self.padding[axis]
                 raise GeometryError(
-                    f"{op}: axis {axis} has {self.in_size[axis]} inputs and padding ({before}, {after}), but kernel "
-                    f"{self.kernel[axis]} with dilation {self.dilation[axis]} needs at least {self.span[axis]}"
+                    f"{op}: axis {axis} has {self.in_size[axis]} inputs and padding "
+                    f"({before}, {after}), but kernel {self.kernel[axis]} with dilation "
+                    f"{self.dilation[axis]} needs at least {self.span[axis]}"
                 )
         padded = self.batch * self.in_channels * prod(self.padded_size)
         if max(padded, prod(self.y_shape), prod(self.w_shape)) * 8 > INT64_MAX:
@@ -144,19 +145,16 @@ class Geometry:
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates of the direct algorithm; taps on padding are counted, as the papers
-        do."""
+        """Multiply-accumulates of the direct algorithm; taps on padding count, as in the papers."""
         return prod(self.y_shape) * (self.in_channels // self.groups) * self.taps
 
     @property
     def is_depthwise(self) -> bool:
-        """Every output channel reads one input channel (channel multiplier out_channels / groups >=
-        1)."""
+        """Every output channel reads one input channel; out_channels / groups outputs share it."""
         return self.groups == self.in_channels
 
     def lifted(self) -> Geometry:
-        """The same convolution over three axes: missing leading axes become size 1 with kernel
-        1."""
+        """The same convolution over three axes: leading ones of size 1 and kernel 1 are added."""
         k = 3 - self.n
         ones = (1,) * k
         return replace(
@@ -171,8 +169,9 @@ class Geometry:
 
 @dataclass(frozen=True)
 class SeparableGeometry:
-    """A fully separable block: temporal K x 1 x 1 (dense), depthwise 1 x R x S, pointwise 1 x 1 x
-    1, in this order."""
+    """A fully separable block: temporal K x 1 x 1 (dense), then depthwise 1 x R x S, then pointwise
+    1 x 1 x 1.
+    """
 
     temporal: Geometry
     depthwise: Geometry
@@ -190,8 +189,7 @@ class SeparableGeometry:
         *,
         op: str = "separable_block",
     ) -> SeparableGeometry:
-        """Validate a block; temporal stride and padding act on the first stage, spatial ones on the
-        second.
+        """Validate a block; its first stage strides and pads time, its second stage space.
 
         x_shape: (N, C, T, H, W) or (C, T, H, W)
         temporal_shape: (M, C, KT, 1, 1)
@@ -209,8 +207,8 @@ class SeparableGeometry:
         )
         if wd[0] != wt[0] or wp[1] != wt[0]:
             raise GeometryError(
-                f"{op}: temporal stage makes {wt[0]} channels, but depthwise weight has {wd[0]} and pointwise weight "
-                f"expects {wp[1]}"
+                f"{op}: temporal stage makes {wt[0]} channels, "
+                f"but depthwise weight has {wd[0]} and pointwise weight expects {wp[1]}"
             )
         st = _per_axis(op, "stride", stride, 3, 1)
         kernel = (wt[2], wd[3], wd[4])
@@ -260,7 +258,8 @@ def _stage_shape(op: str, name: str, shape: Sequence[int]) -> tuple[int, ...]:
 def _check_channels(op: str, channels: int, ws: tuple[int, ...], groups: int) -> None:
     if channels < 1 or min(ws) < 1:
         raise GeometryError(
-            f"{op}: channels and kernel must be at least 1, got {channels} input channels and weight {ws}"
+            f"{op}: channels and kernel must be at least 1, "
+            f"got {channels} input channels and weight {ws}"
         )
     if channels % groups:
         raise GeometryError(f"{op}: {channels} input channels do not divide into {groups} groups")
@@ -269,8 +268,8 @@ def _check_channels(op: str, channels: int, ws: tuple[int, ...], groups: int) ->
     if ws[1] * groups != channels:
         plural = "group" if groups == 1 else "groups"
         raise GeometryError(
-            f"{op}: weight expects {ws[1]} input channels per group, input has {channels} channels in {groups} "
-            f"{plural} ({channels // groups} per group)"
+            f"{op}: weight expects {ws[1]} input channels per group, "
+            f"input has {channels} channels in {groups} {plural} ({channels // groups} per group)"
         )
 
 

@@ -1,5 +1,4 @@
-"""The functions people call, on NumPy arrays or PyTorch tensors: checks at the door, then plan,
-pack, run.
+"""The functions people call, on NumPy arrays or PyTorch tensors: check, plan, pack, run.
 
 This module owns every allocation: output, workspace and packed weights. Kernels own nothing.
 """
@@ -42,8 +41,12 @@ def conv1d(
     backend: str = "auto",
     tolerance: float = planner.DEFAULT_TOLERANCE,
 ) -> Array:
-    """1D convolution: input (N, C, T), weight (K, C / groups, KT), result (N, K, OT). See
-    `conv3d`."""
+    """1D convolution; layouts, options and errors as for `conv3d`.
+
+    input   (N, C, T), or (C, T) without a batch
+    weight  (K, C / groups, KT)
+    result  (N, K, OT)
+    """
     return _conv(
         1,
         input,
@@ -76,8 +79,12 @@ def conv2d(
     backend: str = "auto",
     tolerance: float = planner.DEFAULT_TOLERANCE,
 ) -> Array:
-    """2D convolution: input (N, C, H, W), weight (K, C / groups, KH, KW), result (N, K, OH, OW).
-    See `conv3d`."""
+    """2D convolution; layouts, options and errors as for `conv3d`.
+
+    input   (N, C, H, W), or (C, H, W) without a batch
+    weight  (K, C / groups, KH, KW)
+    result  (N, K, OH, OW)
+    """
     return _conv(
         2,
         input,
@@ -122,12 +129,13 @@ def conv3d(
     residual    an array of the result's shape, added before the activation
     algorithm   'auto', 'direct', 'winograd', 'depthwise' or 'grouped'
     backend     'auto', 'reference', 'numba', 'c', 'triton' or 'torch'
-    tolerance   largest expected error, as a multiple of a direct sum's in the same precision
-                (default 4)
+    tolerance   largest expected error in multiples of a direct sum's in the same precision; 4
 
-    Equivalent to: `torch.nn.functional.conv3d(input, weight, bias, stride, padding, dilation,
-    groups)` Raises GeometryError for shapes that do not fit, UnsupportedError for valid requests
-    nobody serves, BackendError for a backend that is not available.
+    Equivalent to `F.conv3d(input, weight, bias, stride, padding, dilation, groups)` of PyTorch,
+    then the residual and the activation.
+
+    Raises GeometryError for shapes that do not fit, UnsupportedError for valid requests nobody
+    serves, BackendError for a backend that is not available.
     """
     return _conv(
         3,
@@ -225,7 +233,8 @@ def separable_block(
     weights = (temporal_weight, depthwise_weight, pointwise_weight)
     if len(biases) != 3 or len(activations) != 3:
         raise GeometryError(
-            f"{op}: needs three biases and three activations, got {len(biases)} and {len(activations)}"
+            f"{op}: needs three biases and three activations, "
+            f"got {len(biases)} and {len(activations)}"
         )
     named = {
         f"{name}_weight": w
@@ -238,9 +247,8 @@ def separable_block(
         residual=residual,
         **{f"bias {i}": b for i, b in enumerate(biases)},
     )
-    geometry = SeparableGeometry.of(
-        input.shape, *(w.shape for w in weights), stride, padding, op=op
-    )
+    wt, wd, wp = (w.shape for w in weights)
+    geometry = SeparableGeometry.of(input.shape, wt, wd, wp, stride, padding, op=op)
     unbatched = len(input.shape) == 4
     if unbatched:
         input, residual = input[None], None if residual is None else residual[None]
@@ -294,7 +302,8 @@ def continual_state(input: Array, weight: Array, dilation: Any = 1) -> State:
     n = len(weight.shape) - 2
     if len(input.shape) != n + 1:
         raise GeometryError(
-            f"{op}: input must have {n + 1} dimensions (N, C, *frame), got shape {tuple(input.shape)}"
+            f"{op}: input must have {n + 1} dimensions (N, C, *frame), "
+            f"got shape {tuple(input.shape)}"
         )
     d = dilation[0] if isinstance(dilation, Sequence) else dilation
     shape = (input.shape[0], input.shape[1], d * (weight.shape[2] - 1), *input.shape[2:])
@@ -326,10 +335,10 @@ def continual_step(
     input     (N, C, *frame), the next frame of N streams; *frame is (H, W), (W,) or nothing
     state     from `continual_state`
     weight    (K, C / groups, KT, *kernel)
-    stride, padding, dilation: as for the convolution over the whole stream (an int, or one per
-              axis, time first); the temporal stride must be 1 and the temporal padding 0
     residual  (N, K, *out_frame) or None
     result    (N, K, *out_frame)
+    stride, padding, dilation: as for the convolution over the whole stream (an int, or one per
+              axis, time first); the temporal stride must be 1 and the temporal padding 0
 
     Equivalent to column t of `conv3d(stream, weight, bias, ...)` with L = dilation * (KT - 1) zero
     frames in front. Raises as `conv3d` does; state and output are then untouched.
@@ -360,13 +369,23 @@ def continual_step(
     return y
 
 
-def _window_geometry(op, input, state, weight, stride, padding, dilation, groups) -> Geometry:
+def _window_geometry(
+    op: str,
+    input: Array,
+    state: State,
+    weight: Array,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+) -> Geometry:
     """The geometry of one output column; checks the state against it."""
     n = len(weight.shape) - 2
     ring = tuple(state.frames.shape)
     if len(input.shape) != n + 1:
         raise GeometryError(
-            f"{op}: input must have {n + 1} dimensions (N, C, *frame), got shape {tuple(input.shape)}"
+            f"{op}: input must have {n + 1} dimensions (N, C, *frame), "
+            f"got shape {tuple(input.shape)}"
         )
     frame = tuple(input.shape)
     first = Geometry.of(
@@ -376,16 +395,18 @@ def _window_geometry(op, input, state, weight, stride, padding, dilation, groups
         raise UnsupportedError(f"{op}: temporal stride must be 1, got {first.stride[0]}")
     if first.padding[0] != (0, 0):
         raise GeometryError(
-            f"{op}: temporal padding must be 0, got {first.padding[0][0]}; the state stands in front of the stream"
+            f"{op}: temporal padding must be 0, got {first.padding[0][0]}; "
+            "the state stands in front of the stream"
         )
     want = (*frame[:2], first.span[0] - 1, *frame[2:])
     if ring != want:
         raise GeometryError(f"{op}: state frames must have shape {want}, got {ring}")
-    if (
-        tuple(state.steps.shape) != frame[:1]
-        or str(state.steps.dtype).removeprefix("torch.") != "int64"
-    ):
-        raise GeometryError(f"{op}: state steps must be int64 of shape {frame[:1]}, got {state.steps.dtype} {tuple(state.steps.shape)}")  # fmt: skip
+    steps = state.steps
+    if tuple(steps.shape) != frame[:1] or str(steps.dtype).removeprefix("torch.") != "int64":
+        raise GeometryError(
+            f"{op}: state steps must be int64 of shape {frame[:1]}, "
+            f"got {steps.dtype} {tuple(steps.shape)}"
+        )
     return replace(first, in_size=(first.span[0], *frame[2:]))
 
 
@@ -424,7 +445,15 @@ def run(
     module.run(plan, x, packed, bias, residual, y, _workspace(module.workspace_size(plan), y.dtype))
 
 
-def run_step(plan: Plan, x, packed, bias, residual, state: State, y) -> None:
+def run_step(
+    plan: Plan,
+    x: np.ndarray,
+    packed: Any,
+    bias: np.ndarray | None,
+    residual: np.ndarray | None,
+    state: State,
+    y: np.ndarray,
+) -> None:
     """One step of a continual plan on NumPy arrays; writes y and state."""
     if not x.shape[0]:
         return
@@ -441,8 +470,7 @@ def is_tensor(array: Any) -> bool:
 
 
 def dense_layout(array: Array) -> str | None:
-    """The layout an array (N, C, *size) is dense in; None if it has gaps. Contiguous where both
-    hold."""
+    """The layout an array (N, C, *size) is dense in, contiguous if in both; None if it has gaps."""
     size = array.shape[2:]
     if is_tensor(array):
         plain, last = array.is_contiguous(), array.movedim(1, -1).is_contiguous()
@@ -459,7 +487,7 @@ def layout_of(array: Array) -> str:
     return dense_layout(array) or CONTIGUOUS
 
 
-def _dense(array: np.ndarray | None, layout: str) -> np.ndarray | None:
+def _dense(array: Array | None, layout: str) -> Array:
     """The array itself if it is dense in the layout, else a copy that is."""
     if array is None:
         return None

@@ -17,12 +17,12 @@ LAYOUTS = (CONTIGUOUS, CHANNELS_LAST)
 class Plan:
     """Everything a kernel module needs besides the arrays; hashable, so that it keys caches.
 
-    geometry    what is convolved; for `continual` the window that one output column reads (T =
-                temporal span, no temporal padding), for `hfa` a SeparableGeometry
+    geometry    what is convolved: for `continual` the window that one output column reads, without
+                temporal padding, for `hfa` a SeparableGeometry
     epilogue    one Epilogue; for `hfa` one per stage
     layout      memory layout of x, residual, state and y
-    transforms  F(m, r) per axis: `winograd` one per axis of the geometry; `hfa` (temporal, height,
-                width); else empty
+    transforms  F(m, r): for `winograd` one per axis of the geometry, for `hfa` (temporal, height,
+                width), else empty
     config      the tuning choice, an entry of the module's CONFIGS
     """
 

@@ -1,5 +1,4 @@
-"""From a geometry to a Plan: every candidate is listed, priced or refused with its reason; the
-cheapest runs."""
+"""From a geometry to a Plan: candidates are priced, or refused with a reason; the cheapest runs."""
 
 from __future__ import annotations
 
@@ -95,8 +94,7 @@ def candidates(
     tile: tuple[int, ...] | None = None,
     continual: bool = False,
 ) -> tuple[Candidate, ...]:
-    """All plans considered, cheapest first, refused ones last with their reasons; arguments as for
-    `plan`."""
+    """All plans considered, the cheapest first and the refused last; arguments as for `plan`."""
     if epilogue is None:
         block = isinstance(geometry, SeparableGeometry)
         epilogue = (Epilogue(), Epilogue(), Epilogue()) if block else Epilogue()
@@ -150,7 +148,8 @@ def explanation(
         backend,
         float(tolerance),
     )
-    rows = [("", "backend", "algorithm", "multiplications", "estimate", "why not")]
+    header = ("", "backend", "algorithm", "multiplications", "estimate", "why not")
+    rows: list[tuple[str, ...]] = [header]
     rows += [_row(c, chosen=i == 0 and c.reason is None) for i, c in enumerate(found)]
     for name, reason in backends.available().items():
         if reason is not None and backend == "auto":
@@ -169,15 +168,8 @@ def _row(candidate: Candidate, chosen: bool) -> tuple[str, ...]:
     if candidate.estimate_ms == inf:
         return ("", p.backend, p.algorithm, "", "", candidate.reason or "")
     why = candidate.reason or ("" if chosen else "slower by estimate")
-    multiplications = f"{costs.multiplications(p):,}"
-    return (
-        ">" if chosen else "",
-        p.backend,
-        p.algorithm,
-        multiplications,
-        f"{candidate.estimate_ms:.3f} ms",
-        why,
-    )
+    numbers = (f"{costs.multiplications(p):,}", f"{candidate.estimate_ms:.3f} ms")
+    return (">" if chosen else "", p.backend, p.algorithm, *numbers, why)
 
 
 def _backends(backend: str, device: str) -> list[str]:
@@ -230,25 +222,22 @@ def _variants(base: Plan, tile: tuple[int, ...] | None) -> Iterator[Plan]:
 
 
 def _tiles(family: str, taps: list[int], sizes: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """Tile sizes worth a price: none on axes of one tap, none twice the output, square in space,
-    not all direct."""
+    """Tile sizes worth a price: 1 on axes of one tap, below twice the output, square in space, and
+    for winograd not all 1.
+    """
     options: list[tuple[int, ...]] = []
     for r, size in zip(taps, sizes, strict=True):
-        allowed = (
-            (1,) if r == 1 or r > MAX_TAPS else tuple(m for m in TILES if m < 2 * size or m == 1)
-        )
-        options.append(allowed)
+        fast = 1 < r <= MAX_TAPS
+        options.append(tuple(m for m in TILES if m == 1 or (fast and m < 2 * size)))
     if family == "hfa":
-        # Depthwise is a small share of a block's multiplications; its direct form costs least
-        # memory.
+        # Depthwise is a small share of a block's multiplications; direct costs least memory.
         options = [options[0], (1,), (1,)]
     square = len(taps) > 1 and taps[-1] == taps[-2]
     for ms in product(*options):
         if square and ms[-1] != ms[-2]:
             continue
-        if (family == "hfa" or max(ms) > 1) and prod(
-            m + r - 1 for m, r in zip(ms, taps, strict=True)
-        ) <= MAX_POINTS:
+        points = prod(m + r - 1 for m, r in zip(ms, taps, strict=True))
+        if points <= MAX_POINTS and (family == "hfa" or max(ms) > 1):
             yield ms
 
 
@@ -270,11 +259,9 @@ def error_factor(p: Plan) -> float:
     of variance together), and amplifies all of it by the factor of its transforms. Transformed axes
     therefore shorten the sum that they amplify.
     """
-    if not p.transforms:
+    if not p.transforms or max(p.tile) == 1:
         return 1.0
     first = p.geometry.temporal if isinstance(p.geometry, SeparableGeometry) else p.geometry
     channels = first.in_channels * prod(first.stride)
     direct = first.in_channels * first.taps / 2 + 1
-    return (
-        amplification(p.transforms) * sqrt((channels / 2 + 4) / direct) if max(p.tile) > 1 else 1.0
-    )
+    return amplification(p.transforms) * sqrt((channels / 2 + 4) / direct)

@@ -1,5 +1,4 @@
-"""The operators on PyTorch tensors: `fastconv::conv` with its fake and gradient, and the tensor
-side of `ops`.
+"""The tensor side of `ops`, and the operator `fastconv::conv` with its fake and its gradient.
 
 NumPy kernels see tensors through zero-copy views. Packed weights are kept per weight tensor for as
 long as it lives and is not written.
@@ -8,9 +7,8 @@ long as it lives and is not written.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
@@ -20,11 +18,13 @@ from .epilogue import Epilogue
 from .geometry import Geometry, SeparableGeometry
 from .plan import CONTIGUOUS, Plan
 
+MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
+
 _library = torch.library.Library("fastconv", "DEF")
 _library.define(
-    "conv(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups, "
-    "str activation='none', Tensor? residual=None, str algorithm='auto', str backend='auto', float tolerance=4.0) "
-    "-> Tensor",
+    "conv(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, "
+    "int groups, str activation='none', Tensor? residual=None, str algorithm='auto', "
+    "str backend='auto', float tolerance=4.0) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _ACTIVATIONS = {
@@ -58,8 +58,7 @@ def conv(
     given = [t for t in (input, weight, bias, residual) if t is not None]
     fused = epilogue.activation != "none" or residual is not None
     if fused and torch.is_grad_enabled() and any(t.requires_grad for t in given):
-        # The gradient of the operator is that of a convolution; the rest is PyTorch's to
-        # differentiate.
+        # The operator's gradient is that of a convolution; PyTorch differentiates the rest.
         z = torch.ops.fastconv.conv(*arguments, **choice)
         return _ACTIVATIONS[epilogue.activation](z if residual is None else z + residual)
     return torch.ops.fastconv.conv(
@@ -67,7 +66,14 @@ def conv(
     )
 
 
-def _geometry(input: Tensor, weight: Tensor, stride, padding, dilation, groups: int) -> Geometry:
+def _geometry(
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Geometry:
     pairs = tuple(zip(padding[::2], padding[1::2], strict=True))
     return Geometry.of(input.shape, weight.shape, tuple(stride), pairs, tuple(dilation), groups)
 
@@ -99,45 +105,45 @@ def _conv_impl(
     return execute(plan, input, packed_weights(plan, weight), bias, residual)
 
 
-def _conv_fake(input, weight, bias, stride, padding, dilation, groups, activation="none", residual=None, algorithm="auto", backend="auto", tolerance=4.0):  # fmt: skip
+def _conv_fake(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    algorithm: str = "auto",
+    backend: str = "auto",
+    tolerance: float = 4.0,
+) -> Tensor:
     geometry = _geometry(input, weight, stride, padding, dilation, groups)
     return new_dense(geometry.y_shape, input, ops.layout_of(input))
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, weight, bias, stride, padding, dilation, groups, *_ = inputs
     ctx.save_for_backward(input, weight)
     ctx.arguments = (stride, padding, dilation, groups)
     ctx.bias_size = None if bias is None else bias.shape[0]
 
 
-def _conv_backward(ctx, grad: Tensor):
+def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """The framework's own gradients; an asymmetric padding is undone by padding the saved input."""
     input, weight = ctx.saved_tensors
     stride, padding, dilation, groups = ctx.arguments
     before, after = padding[::2], padding[1::2]
     common = [min(a, b) for a, b in zip(before, after, strict=True)]
-    extra = [
-        p - c for a, b, c in zip(before, after, common, strict=True) for p in (a, b) for c in (c,)
-    ]
+    extra = [p - c for *pair, c in zip(before, after, common, strict=True) for p in pair]
     flipped = [e for i in range(len(common) - 1, -1, -1) for e in extra[2 * i : 2 * i + 2]]
     padded = torch.nn.functional.pad(input, flipped) if any(flipped) else input
     needs = ctx.needs_input_grad[:3]
     mask = [needs[0], needs[1], needs[2] and ctx.bias_size is not None]
     sizes = None if ctx.bias_size is None else [ctx.bias_size]
-    dx, dw, db = torch.ops.aten.convolution_backward(
-        grad,
-        padded,
-        weight,
-        sizes,
-        stride,
-        common,
-        dilation,
-        False,
-        [0] * len(common),
-        groups,
-        mask,
-    )
+    forward = (stride, common, dilation, False, [0] * len(common), groups)
+    dx, dw, db = torch.ops.aten.convolution_backward(grad, padded, weight, sizes, *forward, mask)
     if dx is not None:
         for axis, size in enumerate(input.shape[2:]):
             dx = dx.narrow(2 + axis, extra[2 * axis], size)
@@ -189,7 +195,12 @@ def new_state(shape: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def continual_step(
-    plan: Plan, input: Tensor, state: ops.State, weight: Tensor, bias, residual
+    plan: Plan,
+    input: Tensor,
+    state: ops.State,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
 ) -> Tensor:
     """`ops.continual_step` on tensors; no gradient is kept."""
     with torch.no_grad():
@@ -199,39 +210,31 @@ def continual_step(
         if plan.backend == "torch":
             from .torch_kernels import continual
 
-            x = dense(input, plan.layout)
-            continual.run(
-                plan,
-                x,
-                packed,
-                bias,
-                dense(residual, plan.layout),
-                state.frames,
-                state.steps,
-                y,
-                None,
-            )
+            x, r = dense(input, plan.layout), dense(residual, plan.layout)
+            continual.run(plan, x, packed, bias, r, state.frames, state.steps, y, None)
         else:
-            arrays = map(_view, (input, bias, residual))
+            x, b, r = map(_view, (input, bias, residual))
             views = ops.State(_view(state.frames), _view(state.steps))
-            x, b, r = arrays
             ops.run_step(plan, x, packed, b, r, views, _view(y))
     return y
 
 
 def execute(plan: Plan, x: Tensor, packed: Any, bias: Any, residual: Tensor | None) -> Tensor:
     """`ops.execute` on tensors: y is allocated by PyTorch, kernels on NumPy arrays see views."""
+    geometry, epilogue = plan.geometry, plan.epilogue
     with torch.no_grad():
         if (
             plan.backend == "torch"
             and plan.family in ("grouped", "depthwise")
-            and plan.epilogue.plain
+            and isinstance(geometry, Geometry)
+            and isinstance(epilogue, Epilogue)
+            and epilogue.plain
         ):
             # PyTorch's convolution allocates its own result: one pass over memory less than `run`.
             from .torch_kernels.grouped import convolve
 
-            return dense(convolve(dense(x, plan.layout), packed, bias, plan.geometry), plan.layout)
-        y = new_dense(plan.geometry.y_shape, x, plan.layout)
+            return dense(convolve(dense(x, plan.layout), packed, bias, geometry), plan.layout)
+        y = new_dense(geometry.y_shape, x, plan.layout)
         if not y.numel():
             return y
         if plan.backend == "torch":
@@ -272,12 +275,12 @@ def _sample(weight: Tensor) -> bytes:
 def _pack(plan: Plan, weights: Any) -> Any:
     if plan.backend == "torch":
         return ops.pack(plan, weights)
-    return ops.pack(
-        plan, tuple(map(_view, weights)) if isinstance(weights, tuple) else _view(weights)
-    )
+    views = tuple(map(_view, weights)) if isinstance(weights, tuple) else _view(weights)
+    return ops.pack(plan, views)
 
 
-def _view(tensor: Tensor | None) -> np.ndarray | None:
+def _view(tensor: Tensor | None) -> Any:
+    """A NumPy array of the same memory; None stays None."""
     return None if tensor is None else tensor.detach().numpy()
 
 
@@ -291,10 +294,12 @@ def new_dense(shape: Sequence[int], like: Tensor, layout: str) -> Tensor:
     return like.new_empty((shape[0], *shape[2:], shape[1])).movedim(-1, 1)
 
 
-def dense(tensor: Tensor | None, layout: str) -> Tensor | None:
+def dense(tensor: MaybeTensor, layout: str) -> MaybeTensor:
     """The tensor itself if it is dense in the layout, else a copy that is."""
-    if tensor is None or layout == CONTIGUOUS:
-        return tensor if tensor is None else tensor.contiguous()
+    if tensor is None:
+        return None
+    if layout == CONTIGUOUS:
+        return tensor.contiguous()
     if tensor.dim() in _CHANNELS_LAST:
         return tensor.contiguous(memory_format=_CHANNELS_LAST[tensor.dim()])
     return tensor.movedim(1, -1).contiguous().movedim(-1, 1)

@@ -1,5 +1,4 @@
-"""A convolution fed one frame at a time: the input-ring form (Hedegaard and Iosifidis 2022, with
-frames of C_in kept).
+"""A convolution fed one frame at a time (Hedegaard and Iosifidis 2022); it keeps input frames.
 
 `state` holds the last L = dilation * (KT - 1) frames of each stream; stream n, having seen steps[n]
 frames, keeps the frame of time t in slot t mod L. A state of zeros before the first frame is zero
@@ -46,9 +45,9 @@ def run(plan, x, packed, bias, residual, state, steps, y, workspace) -> None:
     steps    (N,) int64, frames seen so far; incremented
     y        (N, K, *out_frame), written
 
-    plan.geometry is the window of one column: in_size[0] = L + 1, no temporal padding, out_size[0]
-    = 1. Equivalent to column t of `F.conv3d(stream, w, bias, ...)` over the stream padded in front
-    with L zero frames.
+    plan.geometry is the window of one column: L + 1 frames in, no temporal padding, one out.
+
+    Equivalent to column t of `F.conv3d(stream, w, bias, ...)` with L zero frames in front.
     """
     ring = state.shape[2]
     window = np.empty(plan.geometry.x_shape, dtype=state.dtype)

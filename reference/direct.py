@@ -20,8 +20,9 @@ def exact(array: np.ndarray) -> np.ndarray:
 
 
 def zeros_around(x: np.ndarray, widths) -> np.ndarray:
-    """(before, after) zeros of x's own kind on every axis behind the first two: counting scalars
-    stay countable."""
+    """(before, after) zeros on every axis behind the first two, of x's own kind: a counting scalar
+    stays countable.
+    """
     zero = x.flat[0] * 0 if x.dtype == object and x.size else 0
     return np.pad(x, ((0, 0), (0, 0), *widths), constant_values=zero)
 
@@ -32,8 +33,7 @@ def pad(x: np.ndarray, geometry: Geometry) -> np.ndarray:
 
 
 def taps(padded: np.ndarray, geometry: Geometry):
-    """Yield (tap, view): the padded input under one kernel tap for all outputs, view (N, C,
-    *out_size)."""
+    """Yield (tap, view): what all outputs read under one kernel tap, view (N, C, *out_size)."""
     for tap in product(*map(range, geometry.kernel)):
         window = (
             slice(k * d, k * d + (o - 1) * s + 1, s)
@@ -51,10 +51,11 @@ def contract(w: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 def correlate(x: np.ndarray, w: np.ndarray, geometry: Geometry) -> np.ndarray:
-    """y[n, k, o] = sum over c, tap of w[k, c, tap] * x[n, c, o * stride + tap * dilation -
-    padding], per group.
+    """The definition, per group, in float64.
 
-    x (N, C, *in_size), w (K, C / G, *kernel), returns (N, K, *out_size) in float64.
+    y[n, k, o] = sum over c, tap of w[k, c, tap] * x[n, c, o * stride + tap * dilation - padding]
+
+    x (N, C, *in_size), w (K, C / G, *kernel), returns (N, K, *out_size).
     Equivalent to `torch.nn.functional.conv3d(x, w, None, stride, padding, dilation, groups)`.
     """
     padded, w = pad(exact(x), geometry), exact(w)

@@ -36,8 +36,8 @@ def run(plan, x, packed, bias, residual, y, workspace) -> None:
     y         (N, K, *out_size), written
     workspace `workspace_size(plan)` elements, overwritten
 
-    Equivalent to `F.conv3d(x, w, bias, stride, padding, dilation, groups)`, any number of groups,
-    one included.
+    Equivalent to `F.conv3d(x, w, bias, stride, padding, dilation, groups)` for any number of
+    groups, one included.
     """
     y[...] = direct.finish(
         direct.correlate(x, packed, plan.geometry), bias, residual, plan.epilogue

@@ -1,5 +1,4 @@
-"""The hybrid fast algorithm of a fully separable block: F(m1, K) in time, F(m2 x m2, R x R) in
-space, then pointwise.
+"""The hybrid fast algorithm of a separable block: F(m1, K) in time, F(m2 x m2, R x R) in space.
 
 The temporal stage is a dense Winograd convolution along T; the depthwise stage multiplies point by
 point without a sum over channels; the pointwise stage stays direct. Stages follow each other per
@@ -29,8 +28,7 @@ def supports(
 def stage_transforms(
     transforms: tuple[Transform, ...],
 ) -> tuple[tuple[Transform, ...], tuple[Transform, ...]]:
-    """The (T, H, W) transforms of the temporal and of the depthwise stage; F(1, 1) where a stage
-    has one tap."""
+    """The (T, H, W) transforms of the temporal and the depthwise stage, F(1, 1) on one-tap axes."""
     one = transform(1, 1)
     return (transforms[0], one, one), (one, transforms[1], transforms[2])
 
@@ -38,8 +36,10 @@ def stage_transforms(
 def prepack(
     weights: tuple[np.ndarray, np.ndarray, np.ndarray], plan: Plan
 ) -> tuple[np.ndarray, ...]:
-    """U of the temporal (M, C, KT, 1, 1) and depthwise (M, 1, 1, KH, KW) weights; pointwise (K, M)
-    as it is."""
+    """U of the temporal and depthwise weights; the pointwise ones as they are, (K, M).
+
+    weights: (M, C, KT, 1, 1), (M, 1, 1, KH, KW) and (K, M, 1, 1, 1)
+    """
     wt, wd, wp = map(direct.exact, weights)
     in_time, in_space = stage_transforms(plan.transforms)
     geometry = plan.geometry
@@ -56,8 +56,10 @@ def workspace_size(plan: Plan) -> int:
 
 
 def multiply_depthwise(u: np.ndarray, v: np.ndarray, geometry: Geometry) -> np.ndarray:
-    """M = sum over phases of U V, channel by channel: u (S, M, 1, *alpha), v (S, N, M, *tiles,
-    *alpha)."""
+    """M = sum over phases of U V, channel by channel.
+
+    u (S, M, 1, *alpha), v (S, N, M, *tiles, *alpha), returns (N, M, *tiles, *alpha).
+    """
     grid = u[:, None, :, 0].reshape(u.shape[0], 1, u.shape[1], *(1,) * geometry.n, *u.shape[3:])
     parts = list(grid * v)
     return sum(parts[1:], parts[0])
@@ -72,8 +74,8 @@ def run(plan, x, packed, biases, residual, y, workspace) -> None:
     residual  (N, K, OT, OH, OW) or None, added in the last epilogue
     y         (N, K, OT, OH, OW), written
 
-    Equivalent to conv3d (M, C, KT, 1, 1), conv3d (M, 1, 1, KH, KW) with groups = M, conv3d (K, M,
-    1, 1, 1) in sequence.
+    Equivalent to three `F.conv3d` in sequence: weights (M, C, KT, 1, 1), then (M, 1, 1, KH, KW)
+    with groups = M, then (K, M, 1, 1, 1).
     """
     geometry = plan.geometry
     in_time, in_space = stage_transforms(plan.transforms)

@@ -1,5 +1,6 @@
-"""Minimal filtering F(m, r) per axis, nested over 1, 2 or 3 axes (Winograd 1980; Lavin and Gray
-2016, section 4).
+"""Minimal filtering F(m, r) per axis, nested over 1, 2 or 3 axes.
+
+Winograd 1980; Lavin and Gray 2016, section 4.
 
 A strided axis is split into phases (polyphase): output o reads inputs o * s + k, so phase p sees
 the inputs p, p + s, ... under the taps p, p + s, ...; the phases are stride-1 convolutions of
@@ -35,8 +36,7 @@ def supports(geometry: Geometry, dtype: str, epilogue: Epilogue) -> str | None:
 
 
 def phases(geometry: Geometry) -> list[tuple[int, ...]]:
-    """Offsets of the polyphase split, one int per axis; a single zero offset for stride 1, none for
-    a phase without taps."""
+    """Offsets of the polyphase split, one int per axis; phases without taps are left out."""
     return list(
         product(*(range(min(s, k)) for s, k in zip(geometry.stride, geometry.kernel, strict=True)))
     )
@@ -108,8 +108,7 @@ def output_transform(
 def multiply(u: np.ndarray, v: np.ndarray, n: int) -> np.ndarray:
     """M = sum over phases and channels of U V: u (S, K, C, *alpha), v (S, N, C, *tiles, *alpha).
 
-    Returns (N, K, *tiles, *alpha): one matrix product (K, S C) x (S C, N tiles) per point of the
-    alpha grid.
+    Returns (N, K, *tiles, *alpha): per point of alpha a matrix product (K, S C) x (S C, N tiles).
     """
     s, k, c, *alpha = u.shape
     batch, count = v.shape[1], v.shape[3 : 3 + n]
@@ -134,9 +133,9 @@ def workspace_size(plan: Plan) -> int:
 def run(plan, x, packed, bias, residual, y, workspace) -> None:
     """Write the convolution of x by F(m, r) on every axis, and its epilogue, to y.
 
-    x (N, C, *in_size), packed U (phases, K, C, *alpha), bias (K,) or None, residual (N, K,
-    *out_size) or None, y (N, K, *out_size) written. plan.transforms has one F(m, ceil(kernel /
-    stride)) per axis.
+    x (N, C, *in_size), packed U (phases, K, C, *alpha), bias (K,) or None,
+    residual (N, K, *out_size) or None, y (N, K, *out_size) written.
+    plan.transforms has one F(m, ceil(kernel / stride)) per axis.
 
     Equivalent to `F.conv3d(x, w, bias, stride, padding)`.
     """

@@ -1,5 +1,4 @@
-"""`Conv1d`, `Conv2d`, `Conv3d`: PyTorch's modules with our kernels; same arguments, parameters and
-state dict."""
+"""PyTorch's `Conv1d`, `Conv2d` and `Conv3d` with our kernels: same arguments, same state dict."""
 
 from __future__ import annotations
 
@@ -21,8 +20,7 @@ class _Conv(nn.modules.conv._ConvNd):
     """What the three share: PyTorch's constructor and four keywords more.
 
     algorithm, backend, tolerance: as for `fastconv.conv3d`
-    channels_last: compute and return channels last whatever the input's layout; by default the
-    input's layout
+    channels_last: compute and return channels last; by default in the input's layout
     """
 
     def __init__(
@@ -50,8 +48,7 @@ class _Conv(nn.modules.conv._ConvNd):
 
     @classmethod
     def convert(cls: type[Module], module: nn.Module, **kernel_options: Any) -> Module:
-        """A module of this class in place of PyTorch's: the same parameters (not copies), hooks and
-        buffers."""
+        """This class with the parameters (not copies), buffers and hooks of PyTorch's module."""
         new = cls.__new__(cls)
         new.__dict__.update(module.__dict__)
         new._configure(**kernel_options)
@@ -82,8 +79,7 @@ class _Conv(nn.modules.conv._ConvNd):
         return plan
 
     def plan_of(self, x_shape: tuple[int, ...]) -> Plan | None:
-        """The plan that the last input of this shape (with its batch axis) ran; None if there was
-        none."""
+        """The plan that the last input of this shape (with its batch axis) ran; None if none."""
         plans = [p for p in self._plans.values() if p.geometry.x_shape == tuple(x_shape)]
         return plans[-1] if plans else None
 
@@ -115,8 +111,7 @@ class _Conv(nn.modules.conv._ConvNd):
         )
 
     def _is_plain(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-        """An ordinary batch with no gradient to keep and nobody tracing: the operator and its
-        checks may be skipped."""
+        """An ordinary batch, no gradient, nobody tracing: may skip the operator and its checks."""
         if (
             torch.compiler.is_compiling()
             or type(input) is not Tensor
@@ -138,15 +133,12 @@ class _Conv(nn.modules.conv._ConvNd):
 
 
 class Conv1d(_Conv, nn.Conv1d):
-    """`torch.nn.Conv1d` with our kernels; further keywords: algorithm, backend, tolerance,
-    channels_last."""
+    """`torch.nn.Conv1d` and the keywords algorithm, backend, tolerance, channels_last."""
 
 
 class Conv2d(_Conv, nn.Conv2d):
-    """`torch.nn.Conv2d` with our kernels; further keywords: algorithm, backend, tolerance,
-    channels_last."""
+    """`torch.nn.Conv2d` and the keywords algorithm, backend, tolerance, channels_last."""
 
 
 class Conv3d(_Conv, nn.Conv3d):
-    """`torch.nn.Conv3d` with our kernels; further keywords: algorithm, backend, tolerance,
-    channels_last."""
+    """`torch.nn.Conv3d` and the keywords algorithm, backend, tolerance, channels_last."""

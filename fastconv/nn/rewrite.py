@@ -1,5 +1,4 @@
-"""`accelerate`: an existing model with its convolutions on our kernels, checked against the
-original."""
+"""`accelerate`: a model with its convolutions on our kernels, checked against the original."""
 
 from __future__ import annotations
 
@@ -14,20 +13,24 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fastconv import planner
 from fastconv.errors import UnsupportedError
+from fastconv.geometry import Geometry
 from fastconv.plan import Plan
 
 from .conv import Conv1d, Conv2d, Conv3d
 from .trace import Layer, trace
 
-REPLACEMENTS = {nn.Conv1d: Conv1d, nn.Conv2d: Conv2d, nn.Conv3d: Conv3d}
+REPLACEMENTS: dict[type[nn.Module], type[Conv1d | Conv2d | Conv3d]] = {
+    nn.Conv1d: Conv1d,
+    nn.Conv2d: Conv2d,
+    nn.Conv3d: Conv3d,
+}
 # The two errors are one random draw each; twice covers their spread.
 NETWORK_MARGIN = 2.0
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """What was done with one convolution: its plan on the example input, or the reason why it stays
-    PyTorch's."""
+    """One convolution: its plan on the example input, or the reason why it stays PyTorch's."""
 
     name: str
     module: str
@@ -57,8 +60,7 @@ class Report:
 
     @property
     def allowed(self) -> float:
-        """The bound on `error`: the model's own error, amplified as its worst layer may be, with a
-        margin."""
+        """The bound on `error`: the model's own, times the worst layer's factor and a margin."""
         return NETWORK_MARGIN * self.error_factor * self.original_error
 
     def __str__(self) -> str:
@@ -76,7 +78,8 @@ class Report:
         ]
         done = sum(layer.plan is not None for layer in self.layers)
         lines.append(
-            f"{done} of {len(self.layers)} convolutions replaced; error {self.error:.1e} of the largest output"
+            f"{done} of {len(self.layers)} convolutions replaced; "
+            f"error {self.error:.1e} of the largest output"
         )
         return "\n".join(lines)
 
@@ -84,6 +87,7 @@ class Report:
 def describe(plan: Plan) -> str:
     """A geometry in one short line, e.g. '54x16x56x56 -> 54, 3x3x3 /1x2x2 groups 54'."""
     g = plan.geometry
+    assert isinstance(g, Geometry)  # modules plan single convolutions, no blocks
     x = "x".join(map(str, (g.in_channels, *g.in_size)))
     stride = "" if set(g.stride) == {1} else " /" + "x".join(map(str, g.stride))
     groups = "" if g.groups == 1 else f" groups {g.groups}"
@@ -135,7 +139,8 @@ def accelerate(
     report = Report(rows, max(factor, 1.0), distance(got, exact), distance(want, exact), last)
     if check and not report.error <= report.allowed:
         raise UnsupportedError(
-            f"accelerate: the error of the outputs is {report.error:.1e} of the largest one, allowed is {report.allowed:.1e}"
+            f"accelerate: the error of the outputs is {report.error:.1e} of the largest one, "
+            f"allowed is {report.allowed:.1e}"
         )
     return new, report
 
@@ -146,12 +151,9 @@ def distance(got: list[Tensor], want: list[Tensor]) -> float:
     for a, b in zip(got, want, strict=True):
         if not b.is_floating_point() or not b.numel():
             continue
-        b = b.double()
-        off = (
-            torch.where((a.double() == b) | (a.isnan() & b.isnan()), 0.0, a.double() - b)
-            .abs()
-            .max()
-        )
+        a, b = a.double(), b.double()
+        equal = (a == b) | (a.isnan() & b.isnan())
+        off = torch.where(equal, 0.0, a - b).abs().max()
         scale = torch.where(b.isfinite(), b, 0.0).abs().max()
         largest = max(largest, float(off / scale) if off else 0.0)
     return largest
@@ -170,7 +172,8 @@ def _in_float64(model: nn.Module, args: tuple[Any, ...]) -> list[Tensor]:
         return _leaves(functional_call(model, weights, tree_map(double, args)))
     except RuntimeError as error:
         raise UnsupportedError(
-            f"accelerate: the model does not run in float64, which its check needs ({error}); pass check=False to go without"
+            "accelerate: the model does not run in float64, which its check needs "
+            f"({error}); pass check=False to go without"
         ) from error
 
 
@@ -205,9 +208,6 @@ def _replacements(
         if isinstance(module, (Conv1d, Conv2d, Conv3d)):
             rows.append(Replacement(layer.name, layer.module, module.plan_of(layer.x_shape)))
         else:
-            rows.append(
-                Replacement(
-                    layer.name, layer.module, reason=layer.note or "not PyTorch's own class"
-                )
-            )
+            reason = layer.note or "not PyTorch's own class"
+            rows.append(Replacement(layer.name, layer.module, reason=reason))
     return tuple(rows)
