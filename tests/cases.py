@@ -1,5 +1,4 @@
-"""Shared by all family tests: random geometries, arrays in both layouts, and one way to run a plan
-inside fences."""
+"""Shared by all family tests: random geometries, arrays in both layouts, plans run in fences."""
 
 from __future__ import annotations
 
@@ -31,8 +30,7 @@ def laid_out(array: np.ndarray, layout: str) -> np.ndarray:
 
 
 class Fenced:
-    """A NaN-filled array between two sentinel zones; `check()` says whether anything wrote
-    outside."""
+    """A NaN-filled array between two sentinel zones; `check()` fails if they were written."""
 
     def __init__(self, shape, dtype="float32", layout="contiguous"):
         memory = shape
@@ -51,8 +49,7 @@ class Fenced:
 
 
 def execute(plan: Plan, x, w, bias=None, residual=None) -> np.ndarray:
-    """Run a winograd, depthwise, grouped or hfa plan on arrays in any layout; y is poisoned and
-    fenced.
+    """Run a winograd, depthwise, grouped or hfa plan on arrays in any layout, y fenced in NaN.
 
     For hfa, w and bias are tuples of three.
     """
@@ -82,8 +79,7 @@ def geometries(
     max_stride=2,
     max_dilation=2,
 ):
-    """A valid random geometry: anisotropic kernels, strides, paddings and dilations, odd sizes,
-    batch 0 to 2."""
+    """A valid random geometry: unequal axes, odd sizes, one-sided padding, batch 0 to 2."""
     n = draw(st.sampled_from((1, 2, 3))) if n is None else n
 
     def ints(low, high):

@@ -1,5 +1,4 @@
-"""Modules in place of PyTorch's, and whole models rewritten: same state dict, same outputs, nothing
-else touched."""
+"""Modules in place of PyTorch's, and whole models rewritten: same outputs, nothing else touched."""
 
 import copy
 import pickle
@@ -78,8 +77,7 @@ def test_module_says_what_is_wrong():
 
 
 class Residual(nn.Module):
-    """A small model with what rewriting must respect: a shared layer, a derived class, a transposed
-    layer, `view`."""
+    """What rewriting must respect: a shared layer, a derived class, a transposed layer, `view`."""
 
     class Own(nn.Conv3d):
         pass

@@ -1,5 +1,4 @@
-"""The public functions on NumPy arrays: PyTorch's meaning, exact messages, nothing written on a
-refusal."""
+"""The functions on NumPy arrays: PyTorch's meaning, exact messages, refusals write nothing."""
 
 import numpy as np
 import pytest
@@ -72,31 +71,76 @@ def test_epilogue_order_is_bias_residual_activation():
 
 ARRAYS = {"x": random(X, 0), "w": random(W, 1)}
 REFUSALS = [
-    (dict(x=random(X, 0).astype(np.int64)), {}, UnsupportedError,
-     "conv3d: dtype int64 is not supported; use one of float32, float64"),
-    (dict(x=random(X, 0).astype(np.complex64)), {}, UnsupportedError,
-     "conv3d: dtype complex64 is not supported; use one of float32, float64"),
-    (dict(w=random(W, 0, "float64")), {}, UnsupportedError,
-     "conv3d: input has dtype float32, but weight has float64"),
-    (dict(x=[1.0, 2.0]), {}, UnsupportedError,
-     "conv3d: input must be a NumPy array or a PyTorch tensor, got list"),
-    (dict(w=random((6, 4, 3, 3), 0)), {}, GeometryError,
-     "conv3d: weight must have 5 dimensions, got shape (6, 4, 3, 3)"),
+    (
+        dict(x=random(X, 0).astype(np.int64)),
+        {},
+        UnsupportedError,
+        "conv3d: dtype int64 is not supported; use one of float32, float64",
+    ),
+    (
+        dict(x=random(X, 0).astype(np.complex64)),
+        {},
+        UnsupportedError,
+        "conv3d: dtype complex64 is not supported; use one of float32, float64",
+    ),
+    (
+        dict(w=random(W, 0, "float64")),
+        {},
+        UnsupportedError,
+        "conv3d: input has dtype float32, but weight has float64",
+    ),
+    (
+        dict(x=[1.0, 2.0]),
+        {},
+        UnsupportedError,
+        "conv3d: input must be a NumPy array or a PyTorch tensor, got list",
+    ),
+    (
+        dict(w=random((6, 4, 3, 3), 0)),
+        {},
+        GeometryError,
+        "conv3d: weight must have 5 dimensions, got shape (6, 4, 3, 3)",
+    ),
     ({}, dict(bias=random((4,), 0)), GeometryError, "conv3d: bias must have shape (6,), got (4,)"),
-    ({}, dict(residual=random((1,), 0)), GeometryError,
-     "conv3d: residual must have the result's shape (2, 6, 3, 4, 5), got (1,)"),
-    ({}, dict(activation="gelu"), UnsupportedError,
-     "unknown activation 'gelu'. Known: none, relu, silu, hardswish, sigmoid"),
-    ({}, dict(algorithm="fft"), UnsupportedError,
-     "unknown algorithm 'fft'. Known: auto, direct, winograd, depthwise, grouped"),
-    ({}, dict(backend="cudnn"), BackendError, "unknown backend 'cudnn'. Known: reference, numba, c, triton, torch"),
-    ({}, dict(algorithm="depthwise", backend="reference"), UnsupportedError,
-     "no plan for algorithm 'depthwise' on backend 'reference': reference depthwise: not depthwise: 1 groups for 4 "
-     "input channels"),
-    ({}, dict(algorithm="winograd", backend="reference", stride=3), UnsupportedError,
-     "no plan for algorithm 'winograd' on backend 'reference': reference winograd: no axis of kernel (3, 3, 3) has "
-     "more than one tap per phase"),
-]  # fmt: skip
+    (
+        {},
+        dict(residual=random((1,), 0)),
+        GeometryError,
+        "conv3d: residual must have the result's shape (2, 6, 3, 4, 5), got (1,)",
+    ),
+    (
+        {},
+        dict(activation="gelu"),
+        UnsupportedError,
+        "unknown activation 'gelu'. Known: none, relu, silu, hardswish, sigmoid",
+    ),
+    (
+        {},
+        dict(algorithm="fft"),
+        UnsupportedError,
+        "unknown algorithm 'fft'. Known: auto, direct, winograd, depthwise, grouped",
+    ),
+    (
+        {},
+        dict(backend="cudnn"),
+        BackendError,
+        "unknown backend 'cudnn'. Known: reference, numba, c, triton, torch",
+    ),
+    (
+        {},
+        dict(algorithm="depthwise", backend="reference"),
+        UnsupportedError,
+        "no plan for algorithm 'depthwise' on backend 'reference': "
+        "reference depthwise: not depthwise: 1 groups for 4 input channels",
+    ),
+    (
+        {},
+        dict(algorithm="winograd", backend="reference", stride=3),
+        UnsupportedError,
+        "no plan for algorithm 'winograd' on backend 'reference': "
+        "reference winograd: no axis of kernel (3, 3, 3) has more than one tap per phase",
+    ),
+]
 
 
 @pytest.mark.parametrize(("arrays", "options", "kind", "message"), REFUSALS)
@@ -173,14 +217,29 @@ def test_continual_step_is_the_convolution_over_the_stream():
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
-        (dict(padding=1), GeometryError,
-         "continual_step: temporal padding must be 0, got 1; the state stands in front of the stream"),
-        (dict(stride=(2, 1, 1)), UnsupportedError, "continual_step: temporal stride must be 1, got 2"),
-        (dict(dilation=(2, 1, 1)), GeometryError,
-         "continual_step: state frames must have shape (2, 4, 4, 6, 7), got (2, 4, 2, 6, 7)"),
-        (dict(bias=random((1,), 0)), GeometryError, "continual_step: bias must have shape (6,), got (1,)"),
+        (
+            dict(padding=1),
+            GeometryError,
+            "continual_step: temporal padding must be 0, got 1; "
+            "the state stands in front of the stream",
+        ),
+        (
+            dict(stride=(2, 1, 1)),
+            UnsupportedError,
+            "continual_step: temporal stride must be 1, got 2",
+        ),
+        (
+            dict(dilation=(2, 1, 1)),
+            GeometryError,
+            "continual_step: state frames must have shape (2, 4, 4, 6, 7), got (2, 4, 2, 6, 7)",
+        ),
+        (
+            dict(bias=random((1,), 0)),
+            GeometryError,
+            "continual_step: bias must have shape (6,), got (1,)",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_refused_step_leaves_the_state_alone(options, kind, message):
     frame, w = random((2, 4, 6, 7), 0), random(W, 1)
     state = fastconv.continual_state(frame, w)

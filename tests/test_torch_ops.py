@@ -1,5 +1,4 @@
-"""The operator on tensors: schema, fake, gradient, layouts, compilation, and packed weights that
-are never stale."""
+"""The operator on tensors: schema, fake, gradient, layouts, compilation, fresh packed weights."""
 
 import pytest
 from hypothesis import given
@@ -72,10 +71,9 @@ def test_gradients(padding, groups):
 
     def fused(x, w, b, r):
         residual = r if padding == "same" else None
-        y = fastconv.conv2d(
+        return fastconv.conv2d(
             x, w, b, padding=padding, groups=groups, activation="silu", residual=residual
         )
-        return y
 
     assert torch.autograd.gradcheck(fused, (x, w, b, r))
 

@@ -51,8 +51,7 @@ def _plain(x, w, bias, residual, geometry, epilogue, dtype) -> np.ndarray:
 
 
 def assert_conv_close(y, plan: Plan, x, w, bias=None, residual=None) -> None:
-    """Compare y with the float64 definition under the bounds above. Arrays are in (N, C, *size)
-    order."""
+    """Compare y with the float64 definition under the bounds above; axes are (N, C, *size)."""
     geometry, epilogue = plan.geometry, plan.epilogue
     x, w, y = (np.asarray(a, np.float64) for a in (x, w, y))
     want = direct.finish(direct.correlate(x, w, geometry), bias, residual, epilogue)
