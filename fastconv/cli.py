@@ -1,4 +1,4 @@
-"""`python -m fastconv info | count | demo | transform`."""
+"""`python -m fastconv info | count | demo | transform | bench`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from fractions import Fraction
 from typing import NoReturn
 
 from fastconv import __version__, backends, count_table
+from fastconv.bench import options as bench_options
 from fastconv.counts import TILES
 from fastconv.errors import BackendError, GeometryError, UnsupportedError
 from fastconv.video import VideoError, default_clip
@@ -94,6 +95,8 @@ def parser() -> argparse.ArgumentParser:
         help="M + R - 2 interpolation points, e.g. --points=0,1,-1,1/2,-1/2; infinity is implied",
     )
     transform.set_defaults(command=_transform)
+
+    bench_options.add(commands)
     return top
 
 

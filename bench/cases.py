@@ -1,0 +1,144 @@
+"""What is timed: the rows of `cases.csv`, and every distinct convolution of the zoo's networks."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from importlib import resources
+
+from fastconv import backends
+from fastconv.count_table import parse_layer
+from fastconv.errors import UnsupportedError
+from fastconv.geometry import Geometry, SeparableGeometry
+
+KINDS = ("layers", "blocks", "networks", "streams")
+# Networks whose convolutions are timed one by one; larger siblings repeat the same kinds of layers.
+TRACED = ("x3d_m", "x3d_s", "c3d")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to time.
+
+    target      a LAYER as `python -m fastconv count` reads it, or a network's name; for `streams` the window that one
+                output column reads
+    name        what tables show and `--filter` looks at
+    activation  applied after every stage, with a bias
+    bar, goal   the ratio to the best peer that counts as good, and the ratio (or 'copy': copy speed; or milliseconds) aimed at
+    source      where the case comes from: 'table', or the networks that have this layer
+    """
+
+    kind: str
+    target: str
+    name: str
+    activation: str = "none"
+    bar: float | None = None
+    goal: str = ""
+    note: str = ""
+    source: str = "table"
+
+    @property
+    def geometry(self) -> Geometry | SeparableGeometry | None:
+        """None for a network."""
+        return None if self.kind == "networks" else parse_layer(self.target)
+
+
+def table() -> list[Case]:
+    """The cases of `cases.csv`, in its order."""
+    text = resources.files(__package__).joinpath("cases.csv").read_text(encoding="utf-8")
+    return [_case(row) for row in csv.DictReader(text.splitlines())]
+
+
+def _case(row: dict[str, str]) -> Case:
+    geometry = None if row["kind"] == "networks" else parse_layer(row["target"])
+    return Case(
+        kind=row["kind"],
+        target=row["target"],
+        name=row["target"] if geometry is None else describe(geometry),
+        activation=row["activation"] or "none",
+        bar=float(row["bar"]) if row["bar"] else None,
+        goal=row["goal"],
+        note=row["note"],
+    )
+
+
+def of_networks(names: tuple[str, ...] = TRACED) -> list[Case]:
+    """Every distinct convolution of the zoo's networks, traced on the `meta` device; [] without PyTorch."""
+    if not backends.installed("torch"):
+        return []
+    from fastconv.count_table import layer_text
+
+    homes: dict[Geometry, list[str]] = {}
+    for name in names:
+        for geometry in _convolutions(name):
+            users = homes.setdefault(geometry, [])
+            if name not in users:
+                users.append(name)
+    return [
+        Case("layers", layer_text(g), describe(g), source=", ".join(users))
+        for g, users in homes.items()
+    ]
+
+
+def _convolutions(network: str) -> list[Geometry]:
+    import torch
+
+    from fastconv import zoo
+    from fastconv.nn.trace import trace
+
+    with torch.device("meta"):
+        model = zoo.build(network).eval()
+        layers = trace(model, torch.empty(1, *zoo.NETWORKS[network].input_shape))
+    return [layer.geometry for layer in layers if layer.geometry is not None]
+
+
+def select(
+    kinds: tuple[str, ...], filters: tuple[str, ...] = (), traced: bool = True
+) -> list[Case]:
+    """The cases of some kinds whose name, target or source contains every filter; the table's first.
+
+    Raises UnsupportedError if none is left.
+    """
+    found = [case for case in table() if case.kind in kinds]
+    if traced and "layers" in kinds:
+        known = {case.target for case in found}
+        geometries = {case.geometry for case in found if case.kind == "layers"}
+        extra = [c for c in of_networks() if c.target not in known and c.geometry not in geometries]
+        found += extra
+    kept = [case for case in found if all(_matches(case, text) for text in filters)]
+    if not kept:
+        raise UnsupportedError(
+            f"bench: no case of {', '.join(kinds)} matches {' and '.join(map(repr, filters))}; "
+            f"`python -m fastconv bench list` names them"
+        )
+    return kept
+
+
+def _matches(case: Case, text: str) -> bool:
+    return text.lower() in f"{case.name} | {case.target} | {case.source}".lower()
+
+
+def describe(geometry: Geometry | SeparableGeometry) -> str:
+    """A geometry in words, e.g. 'depthwise 3x3x3 108 /1x2x2, 16x56x56'."""
+    if isinstance(geometry, SeparableGeometry):
+        t, d, p = geometry.stages
+        stages = f"{_by_x(t.kernel)} {t.in_channels}->{t.out_channels}, dw {_by_x(d.kernel)}, pw {p.out_channels}"
+        return f"separable {stages}, {_by_x(t.in_size)}"
+    g = geometry
+    channels = f"{g.in_channels}->{g.out_channels}"
+    if g.groups == 1:
+        kind = "pointwise" if g.taps == 1 else "dense"
+    elif g.is_depthwise:
+        kind, channels = (
+            "depthwise",
+            channels if g.in_channels != g.out_channels else f"{g.in_channels}",
+        )
+    else:
+        kind = f"grouped/{g.groups}"
+    kernel = "" if kind == "pointwise" else f" {_by_x(g.kernel)}"
+    stride = "" if set(g.stride) == {1} else f" /{_by_x(g.stride)}"
+    return f"{kind}{kernel} {channels}{stride}, {_by_x(g.in_size)}"
+
+
+def _by_x(values: tuple[int, ...]) -> str:
+    return "x".join(map(str, values))
