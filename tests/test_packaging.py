@@ -17,7 +17,7 @@ import pytest
 import fastconv
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("fastconv", "reference", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = ("fastconv", "reference", "bench", "pyproject.toml", "README.md", "LICENSE")
 
 
 def run(*command: object, cwd: Path) -> str:
@@ -80,7 +80,8 @@ def test_the_wheel_holds_the_package_and_nothing_beside_it(wheel):
         f"fastconv/{p.relative_to(ROOT / 'fastconv')}" for p in ROOT.glob("fastconv/**/*.py")
     }
     expected |= {f"fastconv/reference/{p.name}" for p in ROOT.glob("reference/*.py")}
-    expected.add("fastconv/py.typed")
+    expected |= {f"fastconv/bench/{p.name}" for p in ROOT.glob("bench/*.py")}
+    expected |= {"fastconv/py.typed", "fastconv/bench/cases.csv"}
     assert {name for name in names if name.startswith("fastconv/")} == expected
 
 
@@ -92,19 +93,29 @@ def test_the_wheel_says_what_it_needs(wheel):
     assert metadata["Requires-Python"] == ">=3.10"
     needs = metadata.get_all("Requires-Dist")
     assert [need for need in needs if "extra ==" not in need] == ["numpy>=1.26"]
-    assert {"numba", "torch", "demo", "test", "dev"} == set(metadata.get_all("Provides-Extra"))
+    assert {"numba", "torch", "demo", "bench", "test", "dev"} == set(metadata.get_all("Provides-Extra"))
     assert "fastconv = fastconv.cli:main" in archive.read(f"{folder}/entry_points.txt").decode()
     assert any(name.endswith("LICENSE") for name in archive.namelist())
 
 
-def test_the_development_set_serves_every_extra():
+def pinned(requirements: str) -> set[str]:
+    """The packages that a file of requirements pins."""
+    lines = (ROOT / requirements).read_text().splitlines()
+    return {line.split("==")[0] for line in lines if "==" in line}
+
+
+def test_the_pinned_sets_serve_every_extra():
     tomllib = pytest.importorskip("tomllib")
-    lines = (ROOT / "requirements-dev.txt").read_text().splitlines()
-    pinned = {line.split("==")[0] for line in lines if "==" in line}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    needed = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
-    named = {need.split(">=")[0].split("[")[0] for need in needed}
-    assert named - {"fastconv"} == pinned
+    extras = dict(project["optional-dependencies"])
+    bench = extras.pop("bench")
+
+    def named(needs):
+        return {need.split(">=")[0].split("[")[0] for need in needs} - {"fastconv"}
+
+    development = named([*project["dependencies"], *chain(*extras.values())])
+    assert development == pinned("requirements-dev.txt")
+    assert named(bench) - development == pinned("requirements-bench.txt")
 
 
 def test_importing_loads_numpy_alone(only_numpy):
