@@ -107,6 +107,9 @@ def test_accelerate_a_model_nobody_here_wrote(view):
         new, report = fastconv.accelerate(model, x)
         after = new(x)
     close(after["y"], before["y"])
+    assert {(t.dtype, t.device.type) for t in model.state_dict().values()} == {
+        (torch.float32, "cpu")
+    }
     assert type(model.first) is nn.Conv3d
     assert new.first.weight is model.first.weight
     assert new.shared is new.alias

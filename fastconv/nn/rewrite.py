@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fastconv import planner
@@ -17,7 +16,7 @@ from fastconv.geometry import Geometry
 from fastconv.plan import Plan
 
 from .conv import Conv1d, Conv2d, Conv3d
-from .trace import Layer, trace
+from .trace import Layer, call_converted, trace
 
 REPLACEMENTS: dict[type[nn.Module], type[Conv1d | Conv2d | Conv3d]] = {
     nn.Conv1d: Conv1d,
@@ -167,9 +166,8 @@ def _in_float64(model: nn.Module, args: tuple[Any, ...]) -> list[Tensor]:
     def double(value: Any) -> Any:
         return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
-    weights = {name: double(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
     try:
-        return _leaves(functional_call(model, weights, tree_map(double, args)))
+        return _leaves(call_converted(model, tree_map(double, args), double))
     except RuntimeError as error:
         raise UnsupportedError(
             "accelerate: the model does not run in float64, which its check needs "
@@ -183,9 +181,9 @@ def _rewritten(model: nn.Module, channels_last: bool, **options: Any) -> nn.Modu
     new = copy.deepcopy(model, shared)
     converted: dict[int, nn.Module] = {}
     for parent in list(new.modules()):
-        for name, child in parent.named_children():
+        for name, child in list(parent._modules.items()):
             replacement = REPLACEMENTS.get(type(child))
-            if replacement is not None:
+            if child is not None and replacement is not None:
                 if id(child) not in converted:
                     converted[id(child)] = replacement.convert(
                         child, channels_last=channels_last, **options

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -85,8 +86,7 @@ def trace(model: nn.Module, *example_inputs: Any) -> list[Layer]:
         model.eval()
         with torch.no_grad():
             if _on_meta(example_inputs):
-                tensors = [*model.named_parameters(), *model.named_buffers()]
-                functional_call(model, {name: t.to("meta") for name, t in tensors}, example_inputs)
+                call_converted(model, example_inputs, lambda tensor: tensor.to("meta"))
             else:
                 model(*example_inputs)
     finally:
@@ -95,6 +95,22 @@ def trace(model: nn.Module, *example_inputs: Any) -> list[Layer]:
         for module, mode in modes.items():
             module.training = mode
     return layers
+
+
+def call_converted(
+    model: nn.Module, args: tuple[Any, ...], convert: Callable[[Tensor], Tensor]
+) -> Any:
+    """The output of a model as if its parameters and buffers were converted; it is not changed."""
+    # One entry per place a tensor is registered: the usual listings skip modules met twice.
+    places = {
+        f"{prefix}.{name}" if prefix else name: convert(tensor)
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for name, tensor in (
+            *module.named_parameters(recurse=False, remove_duplicate=False),
+            *module.named_buffers(recurse=False, remove_duplicate=False),
+        )
+    }
+    return functional_call(model, places, args, tie_weights=False)
 
 
 def _on_meta(value: Any) -> bool:
