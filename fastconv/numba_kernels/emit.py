@@ -1,7 +1,8 @@
-"""Writing LLVM IR with operators: `Int` and `Vec` values, and `Code` with memory, loops and conditions.
+"""Writing LLVM IR with operators: `Int` and `Vec` values, `Code` with memory, loops, conditions.
 
-Floating-point instructions carry the flag `contract` alone, which lets a * b + c become one fused operation. Nothing may be
-reordered or assumed finite, so NaN and Inf propagate and results do not change from run to run.
+Floating-point instructions carry the flag `contract` alone, which lets a * b + c become one fused
+operation. Nothing may be reordered or assumed finite, so NaN and Inf propagate and results do not
+change from run to run.
 """
 
 from __future__ import annotations
@@ -21,16 +22,21 @@ _FLAGS = ("contract",)
 
 
 class _Registers(NamedTuple):
-    bytes: int
-    count: int
+    width: int  # bytes
+    number: int
 
 
 @functools.cache
 def _registers() -> _Registers:
-    """Vector registers of the CPU that Numba compiles for, asked of its compiler: what does it make of a wide addition?"""
+    """Vector registers of the CPU that Numba compiles for.
+
+    Its compiler is asked, by a look at what it makes of a wide addition; names and features of
+    CPUs, which NUMBA_CPU_NAME and NUMBA_CPU_FEATURES may override, are its business.
+    """
     vector = ir.VectorType(ir.FloatType(), 16)
     module = ir.Module()
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [vector.as_pointer()] * 2), "probe")
+    kind = ir.FunctionType(ir.VoidType(), [vector.as_pointer()] * 2)
+    function = ir.Function(module, kind, "probe")
     builder = ir.IRBuilder(function.append_basic_block())
     left, right = (builder.load(a, align=4) for a in function.args)
     builder.store(builder.fadd(left, right), function.args[0], align=4)
@@ -46,17 +52,20 @@ def _registers() -> _Registers:
 
 
 def vector_width(dtype: str) -> int:
-    """Lanes of a register on this host: 16 float32 with AVX-512, 8 with AVX2, else 4; half of that for float64."""
-    return _registers().bytes // ITEM_BYTES[dtype]
+    """Lanes of a register of this host: 16 float32 with AVX-512, 8 with AVX2, else 4."""
+    return _registers().width // ITEM_BYTES[dtype]
 
 
 def register_count() -> int:
     """Vector registers of this host: 32 with AVX-512 and on 64-bit ARM, otherwise 16."""
-    return _registers().count
+    return _registers().number
 
 
 class Int:
-    """An int64 at run time; + - * // % and comparisons with others and with Python ints. // and % are for values >= 0."""
+    """An int64 at run time: + - * // % and comparisons, with others and with Python ints.
+
+    // and % are for values that are not negative.
+    """
 
     def __init__(self, builder: ir.IRBuilder, value: Any) -> None:
         self.builder, self.value = builder, value
@@ -113,11 +122,13 @@ class Int:
         return Int(self.builder, self.builder.select(self < right, self.value, right.value))
 
 
+Index = Int | int
+Count = int  # inside Code, `int` is a method
 Constant = int | float | Fraction
 
 
 class Vec:
-    """A vector register; + - * with others and with constants, unary minus, comparisons that give masks."""
+    """A vector register: + - * / with others and with constants, minus, comparisons to masks."""
 
     def __init__(self, builder: ir.IRBuilder, value: Any) -> None:
         self.builder, self.value = builder, value
@@ -192,25 +203,27 @@ def _declare(builder: ir.IRBuilder, name: str, kind: Any) -> Any:
 
 
 class Code:
-    """What a building block writes with: an LLVM builder, an element type and the host's register width.
+    """What a building block writes with: an LLVM builder, an element type, a register width.
 
-    Addresses are in bytes; offsets, strides and counts are in elements. Nothing needs more alignment than an element.
+    Addresses are in bytes; offsets, strides and counts are in elements. Nothing needs more
+    alignment than an element.
     """
 
-    def __init__(self, builder: ir.IRBuilder, dtype: str, lanes: int | None = None) -> None:
+    def __init__(self, builder: ir.IRBuilder, dtype: str, lanes: Count | None = None) -> None:
         self.builder, self.dtype = builder, dtype
         self.item = ITEM_BYTES[dtype]
         self.lanes = lanes or vector_width(dtype)
         self.element = ir.FloatType() if dtype == "float32" else ir.DoubleType()
         self.vector = ir.VectorType(self.element, self.lanes)
 
-    def int(self, value: Int | int) -> Int:
+    def int(self, value: Index) -> Int:
         return value if isinstance(value, Int) else Int(self.builder, I64(value))
 
-    def select(self, condition: Any, yes: Int | int, no: Int | int) -> Int:
-        return Int(self.builder, self.builder.select(condition, self.int(yes).value, self.int(no).value))
+    def select(self, condition: Any, yes: Index, no: Index) -> Int:
+        chosen = self.builder.select(condition, self.int(yes).value, self.int(no).value)
+        return Int(self.builder, chosen)
 
-    def within(self, low: Int, index: Int | int, high: Int) -> Any:
+    def within(self, low: Int, index: Index, high: Int) -> Any:
         """The condition low <= index < high."""
         return self.both(low <= index, high > index)
 
@@ -237,23 +250,24 @@ class Code:
         lanes = ir.Constant(ir.VectorType(I32, self.lanes), [0] * self.lanes)
         return self.builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), lanes)
 
-    def pointer(self, address: Int, offset: Int | int = 0, to: Any = None) -> Any:
+    def pointer(self, address: Int, offset: Index = 0, to: Any = None) -> Any:
         """address + offset elements, as an LLVM pointer to `to` (an element by default)."""
         start = self.builder.inttoptr(address.value, self.element.as_pointer())
         moved = self.builder.gep(start, [self.int(offset).value])
         return self.builder.bitcast(moved, to.as_pointer()) if to is not None else moved
 
-    def load(self, address: Int, offset: Int | int = 0, mask: Any = None) -> Vec:
-        """The vector at address + offset; lanes outside the mask are not touched and read as zero."""
+    def load(self, address: Int, offset: Index = 0, mask: Any = None) -> Vec:
+        """The vector at address + offset; lanes outside the mask are not read, and are zero."""
         pointer = self.pointer(address, offset, self.vector)
         if mask is None:
             return Vec(self.builder, self.builder.load(pointer, align=self.item))
         masks = ir.VectorType(I1, self.lanes)
         kind = ir.FunctionType(self.vector, [pointer.type, I32, masks, self.vector])
         function = self._masked("load", kind)
-        return Vec(self.builder, self.builder.call(function, [pointer, I32(self.item), mask, self.zero().value]))
+        arguments = [pointer, I32(self.item), mask, self.zero().value]
+        return Vec(self.builder, self.builder.call(function, arguments))
 
-    def store(self, vector: Vec, address: Int, offset: Int | int = 0, mask: Any = None) -> None:
+    def store(self, vector: Vec, address: Int, offset: Index = 0, mask: Any = None) -> None:
         """Write a vector to address + offset; lanes outside the mask are not touched."""
         pointer = self.pointer(address, offset, self.vector)
         if mask is None:
@@ -261,26 +275,29 @@ class Code:
             return
         masks = ir.VectorType(I1, self.lanes)
         kind = ir.FunctionType(ir.VoidType(), [self.vector, pointer.type, I32, masks])
-        self.builder.call(self._masked("store", kind), [vector.value, pointer, I32(self.item), mask])
+        arguments = [vector.value, pointer, I32(self.item), mask]
+        self.builder.call(self._masked("store", kind), arguments)
 
     def _masked(self, operation: str, kind: Any) -> Any:
         name = _suffix(self.vector)
         return _declare(self.builder, f"llvm.masked.{operation}.{name}.p0{name}", kind)
 
-    def broadcast(self, address: Int, offset: Int | int = 0) -> Vec:
+    def broadcast(self, address: Int, offset: Index = 0) -> Vec:
         """The element at address + offset in every lane."""
         element = self.builder.load(self.pointer(address, offset), align=self.item)
         return Vec(self.builder, self._spread(element, self.element))
 
-    def prefetch(self, address: Int, offset: Int | int = 0, write: bool = False, level: int = 1) -> None:
-        """Ask for the cache line of address + offset, into cache level 1, 2 or 3. Any address is allowed."""
+    def prefetch(
+        self, address: Int, offset: Index = 0, write: bool = False, level: Count = 1
+    ) -> None:
+        """Ask for the line of address + offset into cache level 1, 2 or 3; any address will do."""
         pointer = self.pointer(address, offset, I8)
         kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
         function = _declare(self.builder, "llvm.prefetch.p0i8", kind)
         self.builder.call(function, [pointer, I32(int(write)), I32(4 - level), I32(1)])
 
-    def scratch(self, vectors: int) -> Int:
-        """Address of stack memory for some vectors, uninitialised, aligned to a cache line; one per use in the source."""
+    def scratch(self, vectors: Count) -> Int:
+        """Address of stack memory for some vectors, aligned to a cache line, not initialised."""
         with self.builder.goto_entry_block():
             memory = self.builder.alloca(self.vector, size=I32(vectors))
             memory.align = 64
@@ -294,16 +311,16 @@ class Code:
 
     def loop(
         self,
-        stop: Int | int,
+        stop: Index,
         body: Callable[[Int, list[Vec]], Sequence[Vec] | None],
         carry: Sequence[Vec] = (),
-        step: int = 1,
+        step: Count = 1,
     ) -> list[Vec]:
         """`for i in range(0, stop, step): carry = body(i, carry)`; returns the last carry."""
         b = self.builder
         stop = self.int(stop)
         before = b.block
-        head, inside, done = (b.append_basic_block(f"loop.{name}") for name in ("head", "body", "done"))
+        head, inside, done = (b.append_basic_block(f"loop.{n}") for n in ("head", "body", "done"))
         b.branch(head)
         b.position_at_end(head)
         index = b.phi(I64)

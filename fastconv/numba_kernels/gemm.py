@@ -12,7 +12,6 @@ from ..epilogue import Epilogue
 from .activations import activate
 from .simd import Code, Int, Vec, block, fma, register_count, vector_width
 
-
 # Rows of the register block by registers and vectors per panel: accumulators, a row of B, one
 # element of A. 14 x 2, 8 x 3 and 6 x 4 run at the fused multiply-add peak, 7 x 4 and 9 x 3 spill.
 _BLOCK_ROWS = {32: {1: 14, 2: 14, 3: 8, 4: 6}, 16: {1: 12, 2: 6, 3: 4, 4: 2}}
@@ -94,7 +93,9 @@ def _tile(
             _copy_columns(code, rows, residual, residual_stride, spare, width, columns)
         residual = code.select(full, residual, spare)
         residual_stride = code.select(full, residual_stride, width)
-    sums = _product(code, rows, vectors, a, a_stride, b, depth)
+    # A panel is streamed once per block of rows: the next one, right behind, arrives meanwhile.
+    ahead = b + depth * (width * code.item) if rows == block_rows(vectors) else None
+    sums = _product(code, rows, vectors, a, a_stride, b, depth, ahead)
     for j in range(vectors):
         shift = code.load(bias, j * lanes) if "bias" in words else None
         for i in range(rows):
@@ -146,12 +147,16 @@ def gemm_rows(
 
 
 def _product(
-    code: Code, rows: int, vectors: int, a: Int, a_stride: Int, b: Int, depth: Int
-) -> list[Vec]:
-    """The rows * vectors sums over depth, row by row."""
+    code: Code, rows: int, vectors: int, a: Int, a_stride: Int, b: Int, depth: Int,
+    ahead: Int | None,
+) -> list[Vec]:  # fmt: skip
+    """The rows * vectors sums over depth, row by row; the panel at `ahead` comes into the cache."""
     width = vectors * code.lanes
 
     def step(k: Int, sums: list[Vec]) -> list[Vec]:
+        if ahead is not None:
+            for j in range(vectors):
+                code.prefetch(ahead, k * width + j * code.lanes, level=2)
         panel = [code.load(b, k * width + j * code.lanes) for j in range(vectors)]
         following = []
         for i in range(rows):

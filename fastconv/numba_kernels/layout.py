@@ -90,7 +90,7 @@ def _transpose_kernel(DTYPE, ITEM, LANES):
 
 
 def _transpose(source: np.ndarray, target: np.ndarray, rows: int, columns: int, tall: bool) -> None:
-    """Each image (rows, columns) of source to (columns, rows) in target, cut along the long axis."""
+    """Each image (rows, columns) of source to (columns, rows) in target, cut along one axis."""
     dtype = str(source.dtype)
     if not source.size:
         return
@@ -165,17 +165,18 @@ def channels_last_views(
     shapes = _copies(plan)
     *copies, rest = pieces(workspace, [prod(shape) for shape in shapes])
     if not shapes:
-        moved = (a if a is None else _lifted(np.moveaxis(a, 1, -1)) for a in (x, residual, y))
-        return Views(*moved, rest, lambda: None)
+        moved = [a if a is None else _lifted(np.moveaxis(a, 1, -1)) for a in (x, residual, y)]
+        return Views(moved[0], moved[1], moved[2], rest, lambda: None)
     inside = [
         c.reshape(shape[0], *shape[2:], shape[1]) for c, shape in zip(copies, shapes, strict=True)
     ]
     for array, copy in zip((x, y, residual), inside, strict=False):
         if array is not None and array is not y:
             to_channels_last(array, copy)
-    shifted = inside[2] if residual is not None else None
-    views = [a if a is None else _lifted(a) for a in (inside[0], shifted, inside[1])]
-    return Views(*views, rest, lambda: to_contiguous(inside[1], y))
+    shifted = _lifted(inside[2]) if residual is not None else None
+    return Views(
+        _lifted(inside[0]), shifted, _lifted(inside[1]), rest, lambda: to_contiguous(inside[1], y)
+    )
 
 
 def _lifted(array: np.ndarray) -> np.ndarray:

@@ -1,36 +1,41 @@
-"""Vector code through Numba: building blocks, kernels compiled once per machine, and the parallel loop over them.
+"""Vector code through Numba: building blocks, kernels compiled once per machine, a parallel loop.
 
 The recipe, from the inside out:
 
-1.  A *building block* is a Python function that writes LLVM IR with a `Code` (see `emit`). Its first parameter after the
-    code is the element type; parameters annotated `int` or `str` are compile-time constants, `Int` ones are int64 at run time
-    (addresses in bytes, strides and counts in elements).
+1.  A *building block* is a Python function that writes LLVM IR with a `Code` (see `emit`). Its
+    first parameter after the code is the element type. Parameters annotated `int` or `str` are
+    compile-time constants, `Int` ones are int64 at run time: addresses in bytes, strides and counts
+    in elements.
 
         @block
-        def scale(code: Code, dtype: str, factor: int, source: Int, target: Int, count: Int) -> None:
+        def scale(code: Code, dtype: str, factor: int, source: Int, target: Int, count: Int):
             def body(i: Int, _):
                 code.store(code.load(source, i) * factor, target, i)
             code.loop(count, body, step=code.lanes)
 
-2.  A *kernel* is plain Numba code, with the fixed signature `(params, item, thread)`, made by a factory whose arguments are ints
-    and strings. It computes addresses and calls building blocks; the factory's arguments are their compile-time constants.
+2.  A *kernel* is plain Numba code with the fixed signature `(params, item, thread)`, made by a
+    factory whose arguments are ints and strings. It computes addresses and calls building blocks;
+    the factory's arguments are their compile-time constants.
 
         def scale_kernel(DTYPE, FACTOR):
             def kernel(params, item, thread):
                 scale(DTYPE, FACTOR, peek(params, 0), peek(params, 1), peek(params, 2))
             return kernel
 
-3.  `parallel_for(kernel(scale_kernel, "float32", 3), (address(x), address(y), x.size), items)` runs it for item = 0 .. items - 1 on
-    Numba's threads; `thread` is below `threads()` and names the caller's part of a workspace. One parallel driver serves every
-    kernel. A kernel's `address` can be one of the params of another kernel, which then runs it by `call(address, params, item, thread)`.
+3.  `parallel_for(kernel(scale_kernel, "float32", 3), (address(x), address(y), x.size), items)` runs
+    it for item = 0 .. items - 1 on Numba's threads; `thread` is below `threads()` and names the
+    caller's part of a workspace. One parallel driver serves every kernel. The `address` of a kernel
+    can be a parameter of another, which runs it by `call(address, params, item, thread)`.
 
-Disk cache. Numba finds a cached function by its file name, its signature and the constants in its closure. `kernel` names each
-specialisation after a digest of its constants and of the sources that make it, so an edit compiles afresh, and two processes
-compiling different specialisations never write the same file. Closure cells must be ints and strings only: building blocks are
-global names of the module (a cell holding one would have a new identity in each process). A cache folder that cannot be written
-costs time, never a failure.
+Disk cache. Numba finds a cached function by its file name, its signature and the constants in its
+closure. `kernel` names each specialisation after a digest of its constants and of the sources that
+make it, so an edit compiles afresh, and two processes compiling different specialisations never
+write the same file. Closure cells must be ints and strings only: building blocks are global names
+of the module (a cell holding one would have a new identity in each process). A cache folder that
+cannot be written costs time, never a failure.
 
-Offsets are int64. Extents and strides are run-time values: specialise on taps, tiles and block shapes only.
+Offsets are int64. Extents and strides are run-time values: specialise on taps, tiles and block
+shapes only.
 """
 
 from __future__ import annotations
@@ -51,9 +56,10 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from .emit import Code, Int, Vec, fma, register_count, vector_width
+from .emit import ITEM_BYTES, Code, Int, Vec, fma, register_count, vector_width
 
 __all__ = [
+    "ITEM_BYTES",
     "Code",
     "Int",
     "Kernel",
@@ -75,15 +81,16 @@ _SIGNATURE = types.void(types.int64, types.int64, types.int64)
 
 
 def block(function: Callable) -> Any:
-    """Make a building block callable from Numba code; see the recipe. Annotated `-> Int`, it returns an int64."""
+    """Make a building block callable from Numba code. Annotated `-> Int`, it returns an int64."""
     parameters = list(inspect.signature(function).parameters.values())[1:]
-    static = [str(p.annotation) in ("int", "str", "<class 'int'>", "<class 'str'>") for p in parameters]
-    returns = types.int64 if "Int" in str(inspect.signature(function).return_annotation) else types.void
+    static = [p.annotation in ("int", "str", int, str) for p in parameters]
+    returns = types.int64 if function.__annotations__.get("return") in ("Int", Int) else types.void
 
     def typing(_context, *given):
         for is_static, parameter, ty in zip(static, parameters, given, strict=True):
             if is_static and not isinstance(ty, types.Literal):
-                raise TypeError(f"{function.__name__}: {parameter.name} must be a compile-time constant")
+                name = f"{function.__name__}: {parameter.name}"
+                raise TypeError(f"{name} must be a compile-time constant, not {ty}")
         signature = returns(*(t if s else types.int64 for s, t in zip(static, given, strict=True)))
 
         def generate(context, builder, signature, values):
@@ -144,10 +151,13 @@ class Kernel:
         return f"<Kernel {self.name}>"
 
 
+_OTHER_SOURCES = ("programs", "transforms")  # what building blocks are also made from
+
+
 @functools.cache
 def _source_stamp() -> bytes:
     here = Path(__file__).parent
-    sources = [*sorted(here.glob("*.py")), here.parent / "programs.py", here.parent / "transforms.py"]
+    sources = [*sorted(here.glob("*.py")), *(here.parent / f"{n}.py" for n in _OTHER_SOURCES)]
     digest = hashlib.sha256()
     for source in sources:
         digest.update(source.read_bytes())
@@ -181,7 +191,11 @@ def _compile(factory: Callable, constants: tuple) -> Kernel:
     digest = hashlib.sha256(_source_stamp() + repr((vector_width("float32"), constants)).encode())
     function = factory(*constants)
     function.__qualname__ = function.__name__ = f"{factory.__name__}-{digest.hexdigest()[:16]}"
-    return Kernel(_cached(lambda cache: numba.cfunc(_SIGNATURE, cache=cache, error_model="numpy")(function)))
+
+    def compile_with(cache: bool) -> Any:
+        return numba.cfunc(_SIGNATURE, cache=cache, error_model="numpy")(function)
+
+    return Kernel(_cached(compile_with))
 
 
 def _cached(compile_with: Callable[[bool], Any]) -> Any:
@@ -220,7 +234,11 @@ def _drive_serial(function, params, items):
 def _driver(parallel: bool) -> Any:
     signature = types.void(types.int64, types.int64[::1], types.int64)
     function = _drive_parallel if parallel else _drive_serial
-    return _cached(lambda cache: numba.njit(signature, parallel=parallel, cache=cache, nogil=True)(function))
+
+    def compile_with(cache: bool) -> Any:
+        return numba.njit(signature, parallel=parallel, cache=cache, nogil=True)(function)
+
+    return _cached(compile_with)
 
 
 _launch_lock = threading.Lock()
@@ -228,10 +246,11 @@ _launched_in: int | None = None  # the process that started Numba's threads
 
 
 def parallel_for(kernel: Kernel, params: Sequence[int], items: int) -> None:
-    """Run `kernel(params, item, thread)` for every item below `items`, in parallel and in any order.
+    """Run `kernel(params, item, thread)` for every item below `items`, in parallel, in any order.
 
-    Safe to call from several Python threads at once: a threading layer that is not (workqueue) is used by one at a time. In a
-    forked child of a process that has used the threads, where OpenMP cannot go on, the items run in the calling thread alone.
+    Safe to call from several Python threads at once: a threading layer that is not (workqueue) is
+    used by one at a time. In a forked child of a process that has used the threads, where OpenMP
+    cannot go on, the items run in the calling thread alone.
     """
     global _launched_in
     if items <= 0:

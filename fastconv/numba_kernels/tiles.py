@@ -1,23 +1,28 @@
-"""Building blocks of Winograd convolution: one tile in, one tile out, a register of channels at a time.
+"""Building blocks of Winograd convolution: one tile in, one tile out, a register of channels each.
 
-Programs of `transforms` are run on registers, so that these are their one source.
+The programs of `transforms` run on registers, so that they are the one source. Three axes: axis 0
+is a loop over planes, axes 1 and 2 are transformed in registers, plane by plane; what axis 0 then
+transforms rests in the first-level cache.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from fractions import Fraction
+from itertools import product
 
 from ..transforms import Program, Transform, transform
 from .gemm import activated
 from .simd import Code, Int, Vec, block
 
 
-def spec_of(transforms: tuple[Transform, ...]) -> str:
-    """Sizes and points as a compile-time constant, e.g. '1,1; 2,3,0,1,-1; 4,3,0,2/3,-2/3,3/2,-3/2'."""
+def spec_of(transforms: Sequence[Transform]) -> str:
+    """Sizes and points as a compile-time constant, e.g. '1,1; 2,3,0,1,-1; 2,3,0,1,-1'."""
     return "; ".join(",".join(map(str, (t.m, t.r, *t.points))) for t in transforms)
 
 
-def _transforms_of(spec: str) -> list[Transform]:
+def transforms_of(spec: str) -> list[Transform]:
+    """The transforms that `spec_of` was given."""
     found = []
     for part in spec.split("; "):
         m, r, *points = part.split(",")
@@ -25,59 +30,90 @@ def _transforms_of(spec: str) -> list[Transform]:
     return found
 
 
-def _run(program: Program, values: list[Vec]) -> list[Vec]:
-    return program.apply(values)
+def _nested(outer: Program, inner: Program, grid: list[list[Vec]]) -> list[list[Vec]]:
+    """Both matrices applied to a grid of registers, inner along its rows, outer along columns."""
+    rows = [inner.apply(row) for row in grid]
+    columns = [outer.apply(list(column)) for column in zip(*rows, strict=True)]
+    return [list(row) for row in zip(*columns, strict=True)]
 
 
 @block
 def input_tile(
-    code: Code, dtype: str, spec: str, x: Int, channels: Int,
+    code: Code, dtype: str, spec: str, ahead: int, x: Int, channels: Int,
     low0: Int, high0: Int, step0: Int, low1: Int, high1: Int, step1: Int,
     low2: Int, high2: Int, step2: Int, v: Int, point_step: Int,
 ) -> None:  # fmt: skip
-    """V = BT d of one tile: x (A0, A1, A2, channels) by steps, zero outside low <= index < high.
+    """V = BT d of one tile for all channels.
 
-    v: [point * point_step + channel], whole registers are written, zeros behind the last channel.
-    Nothing outside the bounds is read.
+    x      (A0, A1, A2, channels) by steps, zero outside low <= index < high, where nothing is read
+    v      [point * point_step + channel], whole registers, zeros behind the last channel
+    ahead  the axis along which the next tile lies, whose data are asked for meanwhile
     """
-    t0, t1, t2 = _transforms_of(spec)
+    t0, t1, t2 = transforms_of(spec)
     a0, a1, a2 = t0.alpha, t1.alpha, t2.alpha
-    direct = not t0.input_program.steps  # planes are points already
-    planes = None if direct else code.scratch(a0 * a1 * a2)
+    # Without arithmetic along axis 0 the planes are points already.
+    planes = code.scratch(a0 * a1 * a2) if t0.input_program.steps else None
     zeros = code.scratch(1)
     code.store(code.zero(), zeros)
+    fresh = [
+        range(t.alpha, t.alpha + t.m) if axis == ahead else range(t.alpha)
+        for axis, t in enumerate((t0, t1, t2))
+    ]
 
     def vector(c: Int, _: list[Vec]) -> None:
-        masks = [code.first(code.select(code.within(low2, j, high2), channels - c, 0)) for j in range(a2)]
+        masks = [
+            code.first(code.select(code.within(low2, j, high2), channels - c, 0)) for j in range(a2)
+        ]
 
         def plane(i0: Int, _: list[Vec]) -> None:
-            rows = []
+            for i1, i2 in product(fresh[1], fresh[2]):
+                code.prefetch(x, (i0 + fresh[0].start) * step0 + step1 * i1 + step2 * i2 + c)
             inside = code.within(low0, i0, high0)
+            grid = []
             for i1 in range(a1):
                 real = code.both(inside, code.within(low1, i1, high1))
-                start = code.select(real, x + (i0 * step0 + step1 * i1 + c) * code.item, zeros)
+                # Rows outside read zeros instead, columns outside are masked.
+                row = code.select(real, x + (i0 * step0 + step1 * i1 + c) * code.item, zeros)
                 step = code.select(real, step2, 0)
-                values = [code.load(start, step * j, masks[j]) for j in range(a2)]
-                rows.append(_run(t2.input_program, values))
-            for j in range(a2):
-                column = _run(t1.input_program, [row[j] for row in rows])
-                for i1, value in enumerate(column):
-                    point = i0 * (a1 * a2) + (i1 * a2 + j)
-                    if planes is None:
-                        code.store(value, v, point * point_step + c)
-                    else:
-                        code.store(value, planes, point * code.lanes)
+                grid.append([code.load(row, step * j, masks[j]) for j in range(a2)])
+            grid = _nested(t1.input_program, t2.input_program, grid)
+            for (i1, i2), value in _entries(grid):
+                point = i0 * (a1 * a2) + (i1 * a2 + i2)
+                if planes is None:
+                    code.store(value, v, point * point_step + c)
+                else:
+                    code.store(value, planes, point * code.lanes)
 
-        def line(i: Int, _: list[Vec]) -> None:
-            values = [code.load(planes, (i + f * a1 * a2) * code.lanes) for f in range(a0)]
-            for f, value in enumerate(_run(t0.input_program, values)):
-                code.store(value, v, (i + f * a1 * a2) * point_step + c)
-
-        code.loop(code.int(a0), plane)
         if planes is not None:
-            code.loop(code.int(a1 * a2), line)
+            for point in range(a0 * a1 * a2):
+                code.prefetch(v, point_step * point + c, write=True)
+        code.loop(a0, plane)
+        if planes is not None:
+            _along_axis_0(
+                code, t0.input_program, a1 * a2,
+                lambda point: code.load(planes, point * code.lanes),
+                lambda value, point: code.store(value, v, point * point_step + c),
+            )  # fmt: skip
 
     code.loop(channels, vector, step=code.lanes)
+
+
+def _entries(grid: list[list[Vec]]) -> list[tuple[tuple[int, int], Vec]]:
+    return [((i, j), value) for i, row in enumerate(grid) for j, value in enumerate(row)]
+
+
+def _along_axis_0(
+    code: Code, program: Program, plane: int, load: Callable[[Int], Vec],
+    store: Callable[[Vec, Int], None],
+) -> None:  # fmt: skip
+    """The program along axis 0 for each of `plane` positions; points are numbered by planes."""
+
+    def line(i: Int, _: list[Vec]) -> None:
+        values = [load(i + f * plane) for f in range(program.inputs)]
+        for f, value in enumerate(program.apply(values)):
+            store(value, i + f * plane)
+
+    code.loop(plane, line)
 
 
 @block
@@ -88,77 +124,76 @@ def output_tile(
 ) -> None:  # fmt: skip
     """y = activation(AT M + bias + residual) of one tile and one panel of output channels.
 
-    m: [point * point_step + column];  y, residual: (out0, out1, out2, columns) by steps, of which at
-    most the tile and the panel are touched;  epilogue: as in `gemm_tile`
+    m            [point * point_step + column]
+    y, residual  (out0, out1, out2, columns) by steps; at most a tile and a panel of it is touched
+    bias         readable for the whole panel;  epilogue: as in `gemm_tile`
     """
-    t0, t1, t2 = _transforms_of(spec)
-    a0, a1, a2 = t0.alpha, t1.alpha, t2.alpha
-    m0, m1, m2 = t0.m, t1.m, t2.m
+    t0, t1, t2 = transforms_of(spec)
+    a1, a2, m0, m1, m2 = t1.alpha, t2.alpha, t0.m, t1.m, t2.m
     words, lanes = epilogue.split(), code.lanes
-    direct = not t0.output_program.steps  # points are planes already
-    planes = None if direct else code.scratch(m0 * a1 * a2)
-    spare = code.scratch(m0 * m1 * m2)
+    planes = code.scratch(m0 * a1 * a2) if t0.output_program.steps else None
+    # A tile or register that is not whole goes through here, and its valid part from and to memory.
+    spare, spare_steps = code.scratch(m0 * m1 * m2), [m1 * m2 * lanes, m2 * lanes, lanes]
+    steps = [step0, step1, step2]
     whole = code.both(code.both(out0 >= m0, out1 >= m1), out2 >= m2)
     limits = [out0.minimum(m0), out1.minimum(m1), out2.minimum(m2)]
-    steps = [step0, step1, step2]
-    spare_steps = [m1 * m2 * lanes, m2 * lanes, lanes]
 
     def vector(c: Int, _: list[Vec]) -> None:
-        def line(i: Int, _: list[Vec]) -> None:
-            values = [code.load(m, (i + f * a1 * a2) * point_step + c) for f in range(a0)]
-            for f, value in enumerate(_run(t0.output_program, values)):
-                code.store(value, planes, (i + f * a1 * a2) * lanes)
-
-        if planes is not None:
-            code.loop(code.int(a1 * a2), line)
-        full = code.both(whole, columns - c >= lanes)
-        mask = code.first(columns - c)
+        for i0, i1, i2 in product(range(m0), range(m1), range(m2)):
+            code.prefetch(y, step0 * i0 + step1 * i1 + step2 * i2 + c, write=True)
+        full, mask = code.both(whole, columns - c >= lanes), code.first(columns - c)
+        partial = code.builder.not_(full)
         out = code.select(full, y + c * code.item, spare)
         out_steps = [code.select(full, s, t) for s, t in zip(steps, spare_steps, strict=True)]
         shift = code.load(bias, c) if "bias" in words else None
         added = None
         if "residual" in words:
             added = code.select(full, residual + c * code.item, spare)
-            with code.when(code.builder.not_(full)):
+            with code.when(partial):
                 _copy(code, limits, residual + c * code.item, steps, spare, spare_steps, mask)
+        if planes is not None:
+            _along_axis_0(
+                code, t0.output_program, a1 * a2,
+                lambda point: code.load(m, point * point_step + c),
+                lambda value, point: code.store(value, planes, point * lanes),
+            )  # fmt: skip
 
-        def plane(f: Int, _: list[Vec]) -> None:
-            rows = []
-            for i1 in range(a1):
-                points = [f * (a1 * a2) + (i1 * a2 + j) for j in range(a2)]
-                if planes is None:
-                    values = [code.load(m, p * point_step + c) for p in points]
-                else:
-                    values = [code.load(planes, p * lanes) for p in points]
-                rows.append(_run(t2.output_program, values))
-            columns_ = [_run(t1.output_program, [row[j] for row in rows]) for j in range(m2)]
-            for i1 in range(m1):
-                for j in range(m2):
-                    where = f * out_steps[0] + out_steps[1] * i1 + out_steps[2] * j
-                    value = columns_[j][i1]
-                    if shift is not None:
-                        value = value + shift
-                    if added is not None:
-                        value = value + code.load(added, where)
-                    code.store(activated(value, words), out, where)
+        def plane(i0: Int, _: list[Vec]) -> None:
+            source, step, start = (m, point_step, c) if planes is None else (planes, lanes, 0)
+            first = i0 * (a1 * a2)
+            grid = [
+                [code.load(source, (first + (i1 * a2 + i2)) * step + start) for i2 in range(a2)]
+                for i1 in range(a1)
+            ]
+            grid = _nested(t1.output_program, t2.output_program, grid)
+            for (i1, i2), value in _entries(grid):
+                where = i0 * out_steps[0] + out_steps[1] * i1 + out_steps[2] * i2
+                if shift is not None:
+                    value = value + shift
+                if added is not None:
+                    value = value + code.load(added, where)
+                code.store(activated(value, words), out, where)
 
-        code.loop(code.int(m0), plane)
-        with code.when(code.builder.not_(full)):
+        code.loop(m0, plane)
+        with code.when(partial):
             _copy(code, limits, spare, spare_steps, y + c * code.item, steps, mask)
 
     code.loop(columns.minimum(vectors * lanes), vector, step=lanes)
 
 
-def _copy(code, limits, source, source_steps, target, target_steps, mask) -> None:
-    """target = source for indices below the limits and lanes in the mask."""
+def _copy(
+    code: Code, limits: Sequence[Int], source: Int, source_steps: Sequence[Int | int],
+    target: Int, target_steps: Sequence[Int | int], mask: object,
+) -> None:  # fmt: skip
+    """target = source, three axes, for indices below the limits and lanes in the mask."""
 
-    def nested(axis: int, source_offset: Int, target_offset: Int) -> None:
+    def nested(axis: int, at_source: Int, at_target: Int) -> None:
         if axis == 3:
-            code.store(code.load(source, source_offset, mask), target, target_offset, mask)
+            code.store(code.load(source, at_source, mask), target, at_target, mask)
             return
 
         def body(i: Int, _: list[Vec]) -> None:
-            nested(axis + 1, source_offset + i * source_steps[axis], target_offset + i * target_steps[axis])
+            nested(axis + 1, at_source + i * source_steps[axis], at_target + i * target_steps[axis])
 
         code.loop(limits[axis], body)
 
