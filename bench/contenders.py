@@ -29,3 +29,11 @@ class Prepared:
     algorithm: str = ""
     plans: tuple[Plan, ...] = field(default=(), repr=False)
     factor: float = 1.0
+
+
+def as_array(result: Any) -> np.ndarray:
+    """A NumPy array of an array or tensor, float32 at least."""
+    if isinstance(result, np.ndarray):
+        return result
+    tensor = result.detach().cpu()
+    return np.asarray(tensor if tensor.element_size() >= 4 else tensor.float())

@@ -11,7 +11,7 @@ from fastconv import backends, ops, planner
 from fastconv.geometry import Geometry, SeparableGeometry
 from fastconv.plan import CHANNELS_LAST, CONTIGUOUS, Plan
 
-from .contenders import Prepared
+from .contenders import Prepared, as_array
 from .problems import Problem
 
 
@@ -151,14 +151,6 @@ def _tensor(array: np.ndarray | None, choice: Choice) -> Any:
     if choice.layout == CONTIGUOUS or tensor.dim() != 5:
         return tensor
     return tensor.to(memory_format=torch.channels_last_3d)
-
-
-def as_array(result: Any) -> np.ndarray:
-    """A NumPy array of an array or tensor, float32 at least."""
-    if isinstance(result, np.ndarray):
-        return result
-    tensor = result.detach().cpu()
-    return np.asarray(tensor if tensor.element_size() >= 4 else tensor.float())
 
 
 def empty(shape: tuple[int, ...], layout: str) -> np.ndarray:

@@ -14,7 +14,7 @@ from fastconv.timing import measure
 
 # Bytes moved by one copy, half read, half written: 256 KB to 128 MB.
 SIZES = tuple(1 << power for power in range(18, 28))
-REPEATS = 15
+REPEATS, BUDGET_S = 300, 0.4  # of each measurement; roofs are the best of them
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def of(threads: int) -> Roofline:
     else:
         multiply_adds, call = _product(1536)
         method = "NumPy, product of two 1536 x 1536 matrices"
-    timing = measure({"multiply-adds": call}, repeats=REPEATS, warmup=3)["multiply-adds"]
+    timing = measure({"multiply-adds": call}, repeats=REPEATS, budget_s=BUDGET_S)["multiply-adds"]
     copies = {size: _copy(size) for size in SIZES}
     return Roofline(1e3 * multiply_adds / timing.min_ms, method, copies)
 
@@ -88,7 +88,7 @@ def _copy(size: int) -> float:
         for _ in range(times):
             call()
 
-    timing = measure({"copy": several}, repeats=REPEATS, warmup=3)["copy"]
+    timing = measure({"copy": several}, repeats=REPEATS, budget_s=BUDGET_S)["copy"]
     return 1e3 * times * size / timing.min_ms
 
 
