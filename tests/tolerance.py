@@ -31,7 +31,7 @@ def rms(a: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(a)))) if a.size else 0.0
 
 
-def _plain(x, w, bias, residual, geometry, epilogue, dtype) -> np.ndarray:
+def plain_sum(x, w, bias, residual, geometry, epilogue, dtype) -> np.ndarray:
     """The convolution summed tap by tap in `dtype`: what an unhurried programmer would get."""
     x, w = x.astype(dtype), w.astype(dtype)
     padded = direct.pad(x, geometry)
@@ -61,7 +61,7 @@ def assert_conv_close(y, plan: Plan, x, w, bias=None, residual=None) -> None:
     magnitude = direct.correlate(abs(x), abs(w), geometry).max()
     magnitude += max((np.abs(a).max() for a in (bias, residual) if a is not None), default=0.0)
     terms = geometry.in_channels // geometry.groups * geometry.taps
-    plain = _plain(x, w, bias, residual, geometry, epilogue, plan.dtype)
+    plain = plain_sum(x, w, bias, residual, geometry, epilogue, plan.dtype)
     assert_errors_within(y, want, plain, terms, magnitude, plan)
 
 
