@@ -74,7 +74,7 @@ def assert_block_close(y, plan, x, weights, biases, residual) -> None:
     time, high, wide = plan.transforms
     factors = (amplification([time]), amplification([high, wide]), 1.0)
     z, plain = np.asarray(x, np.float64), np.asarray(x)
-    u, bound, slopes = float(np.finfo(plan.dtype).eps), 0.0, 1.0
+    u, bound, slopes, typical = float(np.finfo(plan.dtype).eps), 0.0, 1.0, 0.0
     for stage, w, bias, epilogue, factor in zip(
         plan.geometry.stages, weights, biases, plan.epilogue, factors, strict=True
     ):
@@ -85,6 +85,7 @@ def assert_block_close(y, plan, x, weights, biases, residual) -> None:
             magnitude = direct.correlate(abs(z), abs(w), stage).max()
             magnitude += max((np.abs(a).max() for a in (bias, added) if a is not None), default=0.0)
             terms = stage.in_channels // stage.groups * stage.taps
+            typical = magnitude / terms**0.5  # a sum of n terms of random sign
             slope = tolerance.SLOPE[epilogue.activation]
             bound = slope * (gain * bound + u * (terms + 8) * factor * magnitude)
             slopes *= slope
@@ -96,7 +97,7 @@ def assert_block_close(y, plan, x, weights, biases, residual) -> None:
     error = np.abs(y - z)
     assert error.max() <= bound, f"{plan.algorithm}: max error {error.max():.3e} > {bound:.3e}"
     bound = 4 * slopes * np.prod(factors)
-    bound *= max(tolerance.rms(plain - z), u * tolerance.rms(z))
+    bound *= max(tolerance.rms(plain - z), u * max(tolerance.rms(z), typical))
     assert tolerance.rms(error) <= bound, f"{plan.algorithm}: rms {tolerance.rms(error):.3e}"
 
 
