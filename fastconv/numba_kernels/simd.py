@@ -204,7 +204,7 @@ def _cached(compile_with: Callable[[bool], Any]) -> Any:
         warnings.simplefilter("ignore", numba.NumbaWarning)
         try:
             return compile_with(True)
-        except (OSError, RuntimeError):  # no cache folder, no permission, a full disk
+        except Exception:  # no permission, a full disk, a damaged file; a real error comes again
             return compile_with(False)
 
 
