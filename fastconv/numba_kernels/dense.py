@@ -7,19 +7,23 @@ through the table and streams packed weights, so every stride, dilation and padd
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from math import prod
 
 import numpy as np
+from numba import njit
 
 from ..geometry import Geometry
 from ..plan import Plan
 from .finish import activation_number, finish_rows
 from .gemm import block_rows, pack_panels, panel_vectors
+from .layout import Views
 from .memory import clear, int_at, poke
 from .simd import (
     Code,
     Int,
+    Kernel,
     Vec,
     address,
     block,
@@ -51,14 +55,9 @@ def merged(geometry: Geometry) -> Geometry:
     Pixels follow each other in channels-last memory, so (N, T, H, W) of a 1 x 1 x 1 kernel is one.
     """
     g = geometry.lifted()
-    sizes, still = (
-        list(g.in_size),
-        [
-            k == s == 1 and p == (0, 0)
-            for k, s, p in zip(g.kernel, g.stride, g.padding, strict=True)
-        ],
-    )
-    batch = g.batch
+    axes = zip(g.kernel, g.stride, g.padding, strict=True)
+    still = [k == s == 1 and p == (0, 0) for k, s, p in axes]
+    batch, sizes = g.batch, list(g.in_size)
     if still[1] and still[2]:
         sizes[1:] = [1, sizes[1] * sizes[2]]
     if still[0]:
@@ -137,76 +136,86 @@ def gather_product(
         code.store(total, sums, n * code.lanes)
 
 
+# What `_parameters` puts where: addresses of the call, then what is known before it.
+(
+    X, Y, BIAS, RESIDUAL, SCRATCH, PANELS, ACTIVATION, THREAD_STEP, TABLE, SUMS,
+    T, H, W, C, PIXELS, OT, OH, OW, K, DEPTH, GROUP, KT, KH, KW, ST, SH, SW,
+    PAD_T, PAD_H, PAD_W, DT, DH, DW, SIZE, BLOCKS, SHARE, PANELS_PER_GROUP, PANEL_COUNT,
+) = range(38)  # fmt: skip
+
+
+@njit(error_model="numpy")
+def _fill_table(params, table, zeros, first, last, item):
+    """table (taps, SIZE): where each tap of the output pixels first .. last - 1 begins."""
+    t, h, w = peek(params, T), peek(params, H), peek(params, W)
+    ot, oh, ow = peek(params, OT), peek(params, OH), peek(params, OW)
+    step, pixel = peek(params, SW), peek(params, C) * item
+    p = first
+    while p < last:
+        # A run: the pixels of this block in one row of the output.
+        row, start = p // ow, p % ow
+        stop = min(start + last - p, ow)
+        image, out_t, out_h = row // (ot * oh), row // oh % ot, row % oh
+        entry = table + (p - first - start) * 8
+        for i in range(peek(params, KT)):
+            in_t = out_t * peek(params, ST) - peek(params, PAD_T) + i * peek(params, DT)
+            for j in range(peek(params, KH)):
+                in_h = out_h * peek(params, SH) - peek(params, PAD_H) + j * peek(params, DH)
+                inside = 0 <= in_t < t and 0 <= in_h < h
+                for q in range(peek(params, KW)):
+                    in_w = q * peek(params, DW) - peek(params, PAD_W)
+                    low, high = start, start
+                    if inside:
+                        # Outputs o whose column in_w + o * step lies in 0 .. w - 1.
+                        low = min(max((step - 1 - in_w) // step, start), stop)
+                        high = max(min((w - 1 - in_w) // step + 1, stop), low)
+                    source = peek(params, X) + (((image * t + in_t) * h + in_h) * w + in_w) * pixel
+                    for o in range(start, low):
+                        poke(entry, o, zeros)
+                    for o in range(low, high):
+                        poke(entry, o, source + o * step * pixel)
+                    for o in range(high, stop):
+                        poke(entry, o, zeros)
+                    entry += peek(params, SIZE) * 8
+        p += stop - start
+
+
 def _dense_kernel(DTYPE, ITEM, ROWS, VECTORS, WIDTH):
-    """params: as `run` lists them; one item is a block of output pixels times a share of panels."""
+    """One item is a block of output pixels times a share of the panels."""
 
     def kernel(params, item, thread):
-        x, y, panels = peek(params, 0), peek(params, 1), peek(params, 2)
-        bias, residual, activation = peek(params, 3), peek(params, 4), peek(params, 5)
-        scratch = peek(params, 6) + thread * peek(params, 7)
-        table, sums = scratch + peek(params, 8), scratch + peek(params, 9)
-        t, h, w, c = peek(params, 10), peek(params, 11), peek(params, 12), peek(params, 13)
-        pixels, ot, oh, ow = peek(params, 14), peek(params, 15), peek(params, 16), peek(params, 17)
-        k, depth, group = peek(params, 18), peek(params, 19), peek(params, 20)
-        kt, kh, kw = peek(params, 21), peek(params, 22), peek(params, 23)
-        st, sh, sw = peek(params, 24), peek(params, 25), peek(params, 26)
-        pt, ph, pw = peek(params, 27), peek(params, 28), peek(params, 29)
-        dt, dh, dw = peek(params, 30), peek(params, 31), peek(params, 32)
-        size, blocks, share = peek(params, 33), peek(params, 34), peek(params, 35)
-        per_group, count = peek(params, 36), peek(params, 37)
-        taps = kt * kh * kw
+        zeros = peek(params, SCRATCH) + thread * peek(params, THREAD_STEP)
+        table, sums = zeros + peek(params, TABLE), zeros + peek(params, SUMS)
+        size, blocks, share = peek(params, SIZE), peek(params, BLOCKS), peek(params, SHARE)
+        taps = peek(params, KT) * peek(params, KH) * peek(params, KW)
+        depth, k, group = peek(params, DEPTH), peek(params, K), peek(params, GROUP)
+        bias, residual = peek(params, BIAS), peek(params, RESIDUAL)
 
-        clear(DTYPE, scratch, c)
+        clear(DTYPE, zeros, peek(params, C))
         first = item % blocks * size
-        last = min(first + size, pixels)
-        row_stride = c * ITEM
-        p = first
-        while p < last:
-            # A run: the pixels of this block in one row of the output.
-            row, start = p // ow, p % ow
-            stop = min(start + last - p, ow)
-            b, out_t, out_h = row // (ot * oh), row // oh % ot, row % oh
-            entry = table + (p - first - start) * 8
-            for i in range(kt):
-                in_t = out_t * st - pt + i * dt
-                for j in range(kh):
-                    in_h = out_h * sh - ph + j * dh
-                    inside = 0 <= in_t < t and 0 <= in_h < h
-                    for q in range(kw):
-                        in_w = q * dw - pw
-                        low, high = start, start
-                        if inside:
-                            # Outputs whose column in_w + o * sw lies in 0 .. w - 1.
-                            low = min(max((sw - 1 - in_w) // sw, start), stop)
-                            high = max(min((w - 1 - in_w) // sw + 1, stop), low)
-                        source = x + (((b * t + in_t) * h + in_h) * w + in_w) * row_stride
-                        for o in range(start, low):
-                            poke(entry, o, scratch)
-                        for o in range(low, high):
-                            poke(entry, o, source + o * sw * row_stride)
-                        for o in range(high, stop):
-                            poke(entry, o, scratch)
-                        entry += size * 8
-            p += stop - start
-        for i in range(taps):
-            for o in range(last - first, min(-(-(last - first) // ROWS) * ROWS, size)):
-                poke(table + i * size * 8, o, scratch)
+        last = min(first + size, peek(params, PIXELS))
+        _fill_table(params, table, zeros, first, last, ITEM)
+        for i in range(taps):  # the register block reaches beyond the last pixel
+            for o in range(last - first, min(last - first + ROWS, size)):
+                poke(table, i * size + o, zeros)
 
         first_panel = item // blocks * share
-        for n in range(first_panel, min(first_panel + share, count)):
-            g, column = n // per_group, n % per_group * WIDTH
+        for n in range(first_panel, min(first_panel + share, peek(params, PANEL_COUNT))):
+            g = n // peek(params, PANELS_PER_GROUP)
+            column = n % peek(params, PANELS_PER_GROUP) * WIDTH
             channel = g * group + column
             for p in range(0, last - first, ROWS):
                 at = ((first + p) * k + channel) * ITEM
                 gather_product(
                     DTYPE, ROWS, VECTORS,
                     table + p * 8, size, taps, g * depth, depth,
-                    panels + n * taps * depth * WIDTH * ITEM, sums, y + at, k,
+                    peek(params, PANELS) + n * taps * depth * WIDTH * ITEM, sums,
+                    peek(params, Y) + at, k,
                 )  # fmt: skip
                 finish_rows(
-                    DTYPE, VECTORS, sums, min(ROWS, last - first - p), y + at, k,
+                    DTYPE, VECTORS, sums, min(ROWS, last - first - p), peek(params, Y) + at, k,
                     min(group - column, WIDTH), bias + channel * ITEM * (bias != 0),
-                    residual + at * (residual != 0), activation,
+                    residual + at * (residual != 0), peek(params, ACTIVATION),
                 )  # fmt: skip
 
     return kernel
@@ -223,42 +232,39 @@ def cycles(plan: Plan) -> float:
     return g.batch * prod(g.out_size) * (g.groups * panels * sums + 2 * g.taps)
 
 
-def run(
-    plan: Plan,
-    x: np.ndarray,
-    packed: np.ndarray,
-    bias: np.ndarray | None,
-    residual: np.ndarray | None,
-    y: np.ndarray,
-    scratch: np.ndarray,
-) -> None:
-    """x (N, T, H, W, C), residual and y (N, OT, OH, OW, K), all in C order; packed by `pack`."""
+@functools.lru_cache(maxsize=256)
+def _prepared(plan: Plan, workers: int) -> tuple[Kernel, tuple[int, ...], int]:
+    """The kernel, its parameters behind the addresses of the call, and the number of items."""
     g = merged(plan.geometry)
-    pixels, group = g.batch * prod(g.out_size), g.out_channels // g.groups
-    if not pixels:
-        return
-    dtype, item, lanes = plan.dtype, x.itemsize, vector_width(plan.dtype)
-    vectors = panel_vectors(group, dtype)
-    rows, count = block_rows(vectors), packed.shape[0] * packed.shape[1]
-    size, blocks, share = _split(pixels, rows, count)
-    parts = _sizes(plan)
-    params = (
-        address(x), address(y), address(packed),
-        address(bias), address(residual), activation_number(plan.epilogue),
-        address(scratch), sum(parts) * item, parts[0] * item, (parts[0] + parts[1]) * item,
+    group, item = g.out_channels // g.groups, np.dtype(plan.dtype).itemsize
+    vectors = panel_vectors(group, plan.dtype)
+    rows, width = block_rows(vectors), vectors * vector_width(plan.dtype)
+    per_group = -(-group // width)
+    pixels, panels = g.batch * prod(g.out_size), g.groups * per_group
+    size, blocks, share = _split(pixels, rows, panels, workers)
+    zeros, table, sums = _sizes(plan)
+    known = (
+        activation_number(plan.epilogue),
+        (zeros + table + sums) * item, zeros * item, (zeros + table) * item,
         *g.in_size, g.in_channels, pixels, *g.out_size, g.out_channels,
-        g.in_channels // g.groups, group,
-        *g.kernel, *g.stride, *(before for before, _ in g.padding), *g.dilation,
-        size, blocks, share, packed.shape[1], count,
+        g.in_channels // g.groups, group, *g.kernel, *g.stride,
+        *(before for before, _ in g.padding), *g.dilation, size, blocks, share, per_group, panels,
     )  # fmt: skip
-    compiled = kernel(_dense_kernel, dtype, item, rows, vectors, vectors * lanes)
-    parallel_for(compiled, params, blocks * -(-count // share))
+    compiled = kernel(_dense_kernel, plan.dtype, item, rows, vectors, width)
+    return compiled, known, blocks * -(-panels // share)
 
 
-def _split(pixels: int, rows: int, panels: int) -> tuple[int, int, int]:
+def _split(pixels: int, rows: int, panels: int, workers: int) -> tuple[int, int, int]:
     """Pixels per block, blocks, panels per item: large items, but enough for all threads."""
-    wanted = 4 * threads()
+    wanted = 4 * workers
     size = min(_pixels(rows), max(-(-pixels // (wanted * rows)), 1) * rows)
     blocks = -(-pixels // size)
     shares = min(panels, -(-wanted // blocks))
     return size, blocks, -(-panels // shares)
+
+
+def run(plan: Plan, packed: np.ndarray, bias: np.ndarray | None, views: Views) -> None:
+    """views of x (N, T, H, W, C), residual and y (N, OT, OH, OW, K); packed by `pack`."""
+    compiled, known, items = _prepared(plan, threads())
+    arrays = (views.x, views.y, bias, views.residual, views.workspace, packed)
+    parallel_for(compiled, (*map(address, arrays), *known), items)

@@ -53,6 +53,8 @@ def run(plan, x, packed, bias, residual, y, workspace) -> None:
 
     Equivalent to `F.conv3d(x, w, bias, stride, padding, dilation, groups)`.
     """
+    if not y.size:
+        return
     views = channels_last_views(plan, x, residual, y, workspace)
-    _form(plan).run(plan, views.x, packed, bias, views.residual, views.y, views.workspace)
+    _form(plan).run(plan, packed, bias, views)
     views.finish()

@@ -113,7 +113,7 @@ def depthwise_rows(
 
 def _direct(x: Callable, u: list[Vec], high, wide) -> list[list[Vec]]:
     """COLUMNS sums of one row, every input loaded once."""
-    sums: list[Vec | None] = [None] * COLUMNS
+    sums: list[Vec] = [None] * COLUMNS  # type: ignore[list-item]  # set by their first product
     for i in range(high.r):
         for j in range(COLUMNS + wide.r - 1):
             value = x(i, j)

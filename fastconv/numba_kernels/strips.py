@@ -12,22 +12,26 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 import numpy as np
+from numba import njit
 
 from ..epilogue import ACTIVATIONS
 from ..geometry import Geometry
 from ..plan import Plan
 from .activations import activate
 from .finish import activation_number, finish_rows
-from .layout import transpose_tile
+from .layout import Views, transpose_tile
 from .memory import clear, int_at, poke
 from .simd import (
     Code,
     Int,
+    Kernel,
     Vec,
     address,
     block,
+    call,
     fma,
     kernel,
     parallel_for,
@@ -231,114 +235,174 @@ def activate_row(code: Code, dtype: str, row: Int, count: Int, activation: Int) 
                 code.loop(count, vector, step=code.lanes)
 
 
-def _strips_kernel(DTYPE, ITEM, LANES, CHANNELS, VECTORS):
-    """params: as `run` lists them; one item is a strip of output rows of some groups, all of T."""
+# What `_prepared` puts where: addresses of the call, then what is known before it.
+(
+    X, Y, RESIDUAL, SCRATCH, BIAS, WEIGHTS, ACTIVATION, THREAD_STEP, SUMS, TILE, TABLE,
+    T, H, W, C, OT, OH, OW, K, ST, SH, SW, PAD_T, PAD_H, PAD_W, KT, DT, GROUPS,
+    SOME, HIGH, WIDE, LENGTH, FRAME, SLOTS, STRIDE, SUMS_STRIDE, ROW_PHASES, COLUMN_PHASES,
+    RESIDUES, OFFSETS, AREA, PACK, MULTIPLY, UNPACK,
+) = range(44)  # fmt: skip
+
+
+@njit(error_model="numpy")
+def _strip(params, item):
+    """Image, first group and their number, first output row and number, first column and number."""
+    across = -(-peek(params, OW) // peek(params, WIDE))
+    down = -(-peek(params, OH) // peek(params, HIGH))
+    chunks = -(-peek(params, GROUPS) // peek(params, SOME))
+    column = item % across * peek(params, WIDE)
+    row = item // across % down * peek(params, HIGH)
+    group = item // (across * down) % chunks * peek(params, SOME)
+    return (
+        item // (across * down * chunks),
+        group,
+        min(peek(params, SOME), peek(params, GROUPS) - group),
+        row,
+        min(peek(params, HIGH), peek(params, OH) - row),
+        column,
+        min(peek(params, WIDE), peek(params, OW) - column),
+    )
+
+
+def _pack_kernel(DTYPE, ITEM, LANES):
+    """Transpose a frame's rows of a strip into the ring: item = (strip, frame)."""
 
     def kernel(params, item, thread):
-        x, y, weights = peek(params, 0), peek(params, 1), peek(params, 2)
-        bias, residual, activation = peek(params, 3), peek(params, 4), peek(params, 5)
-        ring = peek(params, 6) + thread * peek(params, 7)
-        sums, tile, table = ring + peek(params, 8), ring + peek(params, 9), ring + peek(params, 10)
-        t, h, w, c = peek(params, 11), peek(params, 12), peek(params, 13), peek(params, 14)
-        ot, oh, ow, k = peek(params, 15), peek(params, 16), peek(params, 17), peek(params, 18)
-        st, sh, sw = peek(params, 19), peek(params, 20), peek(params, 21)
-        pt, ph, pw = peek(params, 22), peek(params, 23), peek(params, 24)
-        kt, dt, groups = peek(params, 25), peek(params, 26), peek(params, 27)
-        some, high, wide = peek(params, 28), peek(params, 29), peek(params, 30)
-        length, frame, slots = peek(params, 31), peek(params, 32), peek(params, 33)
-        stride, sums_stride = peek(params, 34), peek(params, 35)
-        row_phases, column_phases = peek(params, 36), peek(params, 37)
-        residues, offsets, area = peek(params, 38), peek(params, 39), peek(params, 40)
-
-        across, down = -(-ow // wide), -(-oh // high)
-        first_column = item % across * wide
-        first_row = item // across % down * high
-        first_group = item // (across * down) % -(-groups // some) * some
-        b = item // (across * down * -(-groups // some))
-        some = min(some, groups - first_group)
-        columns, rows = min(wide, ow - first_column), min(high, oh - first_row)
-        depth, outputs = c // groups, k // groups
-        blocks = -(-outputs // CHANNELS)
-        channels, first_channel = some * depth, first_group * depth
+        t, h, w, c = peek(params, T), peek(params, H), peek(params, W), peek(params, C)
+        image, first_group, some, first_row, rows, first_column, _ = _strip(params, item // t)
+        depth, frame, length = c // peek(params, GROUPS), peek(params, FRAME), peek(params, LENGTH)
+        stride, step = peek(params, STRIDE), peek(params, SW)
+        row_phases, column_phases = peek(params, ROW_PHASES), peek(params, COLUMN_PHASES)
         packed_rows = frame // (row_phases * column_phases * length)
+        channels = some * depth
+        slot = peek(params, SCRATCH) + thread * peek(params, THREAD_STEP)
+        slot += item % t % peek(params, SLOTS) * frame * ITEM
+        for phase in range(row_phases * column_phases):
+            top = first_row * peek(params, SH) - peek(params, PAD_H)
+            top += peek(peek(params, RESIDUES), phase // column_phases)
+            start = first_column * step - peek(params, PAD_W)
+            start += peek(peek(params, RESIDUES), row_phases + phase % column_phases)
+            left, right = (
+                max((step - 1 - start) // step, 0),
+                min((w - 1 - start) // step + 1, length),
+            )
+            for r in range(packed_rows - peek(params, HIGH) + rows):
+                row = top + r * peek(params, SH)
+                if row < 0 or row >= h:
+                    continue
+                source = (((image * t + item % t) * h + row) * w + start) * c + first_group * depth
+                target = (phase * packed_rows + r) * length
+                for n in range(0, channels, LANES):
+                    q = left
+                    while q < right:
+                        if right - left >= LANES:
+                            q = min(q, right - LANES)  # some pixels again, rather than fewer
+                        transpose_tile(
+                            DTYPE, peek(params, X) + (source + q * step * c + n) * ITEM, step * c,
+                            slot + (target + n * stride + q) * ITEM, stride,
+                            right - q, channels - n,
+                        )  # fmt: skip
+                        q += LANES
 
+    return kernel
+
+
+def _multiply_kernel(DTYPE, ITEM, LANES, CHANNELS, VECTORS):
+    """The sums of a strip at one output time: item = (strip, time)."""
+
+    def kernel(params, item, thread):
+        _, first_group, some, _, rows, _, columns = _strip(params, item // peek(params, OT))
+        depth = peek(params, C) // peek(params, GROUPS)
+        outputs = peek(params, K) // peek(params, GROUPS)
+        blocks, area, kt = -(-outputs // CHANNELS), peek(params, AREA), peek(params, KT)
+        stride, sums_stride = peek(params, STRIDE), peek(params, SUMS_STRIDE)
+        ring = peek(params, SCRATCH) + thread * peek(params, THREAD_STEP)
+        sums, table = ring + peek(params, SUMS), ring + peek(params, TABLE)
+        taps = 0
+        for i in range(kt):
+            at = item % peek(params, OT) * peek(params, ST) - peek(params, PAD_T)
+            at += i * peek(params, DT)
+            if 0 <= at < peek(params, T):
+                for s in range(area):
+                    slot = at % peek(params, SLOTS) * peek(params, FRAME)
+                    poke(table, 2 * taps, slot + peek(peek(params, OFFSETS), s))
+                    poke(table, 2 * taps + 1, (i * area + s) * depth * CHANNELS)
+                    taps += 1
+        pixels = (rows - 1) * peek(params, LENGTH) + columns
+        for g in range(some):
+            for n in range(blocks):
+                under = (first_group + g) * blocks + n
+                for p in range(0, pixels, VECTORS * LANES):
+                    pixels_product(
+                        DTYPE, CHANNELS, VECTORS, table, taps, depth,
+                        ring + (g * depth * stride + p) * ITEM, stride,
+                        peek(params, WEIGHTS) + under * kt * area * depth * CHANNELS * ITEM,
+                        peek(params, BIAS) + under * CHANNELS * ITEM,
+                        sums + ((g * outputs + n * CHANNELS) * sums_stride + p) * ITEM,
+                        sums_stride,
+                    )  # fmt: skip
+
+    return kernel
+
+
+def _unpack_kernel(DTYPE, ITEM, LANES):
+    """Activation and residual, and the way to y: item = (strip, time)."""
+
+    def kernel(params, item, thread):
+        ot, k, residual = peek(params, OT), peek(params, K), peek(params, RESIDUAL)
+        image, group, some, row, rows, column, columns = _strip(params, item // ot)
+        outputs = k // peek(params, GROUPS)
+        sums_stride, length = peek(params, SUMS_STRIDE), peek(params, LENGTH)
+        ring = peek(params, SCRATCH) + thread * peek(params, THREAD_STEP)
+        sums, tile = ring + peek(params, SUMS), ring + peek(params, TILE)
+        if residual == 0 and peek(params, ACTIVATION) != 0:
+            for n in range(some * outputs):
+                row_of_sums = sums + n * sums_stride * ITEM
+                count = (rows - 1) * length + columns
+                activate_row(DTYPE, row_of_sums, count, peek(params, ACTIVATION))
+        for r in range(rows):
+            at = (image * ot + item % ot) * peek(params, OH) + row + r
+            target = (at * peek(params, OW) + column) * k + group * outputs
+            for n in range(0, some * outputs, LANES):
+                left, q = some * outputs - n, 0
+                while q < columns:
+                    if residual == 0 and columns >= LANES:
+                        q = min(q, columns - LANES)
+                    source = sums + (n * sums_stride + r * length + q) * ITEM
+                    to = (target + q * k + n) * ITEM
+                    y = peek(params, Y) + to
+                    if residual == 0:
+                        transpose_tile(DTYPE, source, sums_stride, y, k, left, columns - q)
+                    else:
+                        transpose_tile(DTYPE, source, sums_stride, tile, LANES, LANES, LANES)
+                        finish_rows(
+                            DTYPE, 1, tile, min(LANES, columns - q), y, k, min(left, LANES),
+                            0, residual + to, peek(params, ACTIVATION),
+                        )  # fmt: skip
+                    q += LANES
+
+    return kernel
+
+
+def _strips_kernel(DTYPE, ITEM):
+    """One item is a strip of output rows of some groups, all of T."""
+
+    def kernel(params, item, thread):
+        t, ot = peek(params, T), peek(params, OT)
+        some = _strip(params, item)[2]
+        ring = peek(params, SCRATCH) + thread * peek(params, THREAD_STEP)
+        channels = some * (peek(params, C) // peek(params, GROUPS))
         # Padding stays zero: for one strip it is the same rows and columns in every frame.
-        clear(DTYPE, ring, channels * stride)
+        clear(DTYPE, ring, channels * peek(params, STRIDE))
         following = 0
         for o in range(ot):
-            low = o * st - pt
-            following = max(following, low)
-            while following <= min(low + (kt - 1) * dt, t - 1):
-                slot = ring + following % slots * frame * ITEM
-                for a in range(row_phases):
-                    for r in range(packed_rows - high + rows):
-                        in_h = (first_row + r) * sh - ph + peek(residues, a)
-                        if in_h < 0 or in_h >= h:
-                            continue
-                        image_row = ((b * t + following) * h + in_h) * w
-                        for e in range(column_phases):
-                            start = first_column * sw - pw + peek(residues, row_phases + e)
-                            left = max((sw - 1 - start) // sw, 0)
-                            right = min((w - 1 - start) // sw + 1, length)
-                            target = (
-                                slot + ((a * column_phases + e) * packed_rows + r) * length * ITEM
-                            )
-                            for n in range(0, channels, LANES):
-                                q = left
-                                while q < right:
-                                    if right - left >= LANES:
-                                        q = min(q, right - LANES)  # again, rather than less
-                                    transpose_tile(
-                                        DTYPE,
-                                        x + ((image_row + start + q * sw) * c + first_channel + n) * ITEM,
-                                        sw * c, target + (n * stride + q) * ITEM, stride,
-                                        right - q, channels - n,
-                                    )  # fmt: skip
-                                    q += LANES
+            first = o * peek(params, ST) - peek(params, PAD_T)
+            following = max(following, first)
+            while following <= min(first + (peek(params, KT) - 1) * peek(params, DT), t - 1):
+                call(peek(params, PACK), params, item * t + following, thread)
                 following += 1
-            taps = 0
-            for i in range(kt):
-                if 0 <= low + i * dt < t:
-                    for s in range(area):
-                        at = (low + i * dt) % slots * frame + peek(offsets, s)
-                        poke(table, 2 * taps, at)
-                        poke(table, 2 * taps + 1, (i * area + s) * depth * CHANNELS)
-                        taps += 1
-            pixels = (rows - 1) * length + columns
-            for g in range(some):
-                for n in range(blocks):
-                    under = (first_group + g) * blocks + n
-                    for p in range(0, pixels, VECTORS * LANES):
-                        pixels_product(
-                            DTYPE, CHANNELS, VECTORS, table, taps, depth,
-                            ring + (g * depth * stride + p) * ITEM, stride,
-                            weights + under * kt * area * depth * CHANNELS * ITEM,
-                            bias + under * CHANNELS * ITEM,
-                            sums + ((g * outputs + n * CHANNELS) * sums_stride + p) * ITEM,
-                            sums_stride,
-                        )  # fmt: skip
-            if residual == 0 and activation != 0:
-                for n in range(some * outputs):
-                    activate_row(DTYPE, sums + n * sums_stride * ITEM, pixels, activation)
-            for r in range(rows):
-                out_row = ((b * ot + o) * oh + first_row + r) * ow + first_column
-                for n in range(0, some * outputs, LANES):
-                    left, channel = some * outputs - n, first_group * outputs + n
-                    q = 0
-                    while q < columns:
-                        if residual == 0 and columns >= LANES:
-                            q = min(q, columns - LANES)
-                        source = sums + (n * sums_stride + r * length + q) * ITEM
-                        at = ((out_row + q) * k + channel) * ITEM
-                        if residual == 0:
-                            transpose_tile(DTYPE, source, sums_stride, y + at, k, left, columns - q)
-                        else:
-                            transpose_tile(DTYPE, source, sums_stride, tile, LANES, LANES, LANES)
-                            finish_rows(
-                                DTYPE, 1, tile, min(LANES, columns - q), y + at, k,
-                                min(left, LANES), 0, residual + at, activation,
-                            )  # fmt: skip
-                        q += LANES
+            call(peek(params, MULTIPLY), params, item * ot + o, thread)
+            call(peek(params, UNPACK), params, item * ot + o, thread)
 
     return kernel
 
@@ -357,36 +421,48 @@ def _offsets(s: Strips) -> np.ndarray:
     return np.array(found, np.int64)
 
 
-def run(
-    plan: Plan,
-    x: np.ndarray,
-    packed: np.ndarray,
-    bias: np.ndarray | None,
-    residual: np.ndarray | None,
-    y: np.ndarray,
-    scratch: np.ndarray,
-) -> None:
-    """x (N, T, H, W, C), residual and y (N, OT, OH, OW, K), all in C order; packed by `pack`."""
-    s = cut(plan, threads())
-    g, item = s.geometry, x.itemsize
+class _Prepared(NamedTuple):
+    """Everything about a plan and a number of threads but the arrays."""
+
+    kernel: Kernel
+    known: tuple[int, ...]  # parameters behind the addresses of the call
+    items: int
+    tables: tuple[np.ndarray, ...]  # whose addresses are among them
+
+
+@functools.lru_cache(maxsize=256)
+def _prepared(plan: Plan, workers: int) -> _Prepared:
+    s = cut(plan, workers)
+    g, item, dtype = s.geometry, _item(plan), plan.dtype
     offsets = _offsets(s)
     residues = np.array([*s.phases[0], *s.phases[1]], np.int64)
     ends = np.cumsum(s.parts) * item
-    shift = scratch[-packed.shape[0] * packed.shape[1] * s.channels :]
-    shift[...] = 0
-    if bias is not None:
-        outputs = g.out_channels // g.groups
-        shift.reshape(g.groups, -1)[:, :outputs] = bias.reshape(g.groups, outputs)
-    params = (
-        address(x), address(y), address(packed),
-        address(shift), address(residual), activation_number(plan.epilogue),
-        address(scratch), ends[3], ends[0], ends[1], ends[2],
+    stages = (
+        kernel(_pack_kernel, dtype, item, s.lanes),
+        kernel(_multiply_kernel, dtype, item, s.lanes, s.channels, s.vectors),
+        kernel(_unpack_kernel, dtype, item, s.lanes),
+    )
+    known = (
+        activation_number(plan.epilogue), *map(int, (ends[3], *ends[:3])),
         *g.in_size, g.in_channels, *g.out_size, g.out_channels, *g.stride,
         *(before for before, _ in g.padding), g.kernel[0], g.dilation[0], g.groups,
         s.groups, s.rows, s.columns, s.row_length, s.frame, s.ring,
         s.channel_stride, s.sum_stride, len(s.phases[0]), len(s.phases[1]),
         address(residues), address(offsets), prod(g.kernel[1:]),
+        *(stage.address for stage in stages),
     )  # fmt: skip
-    compiled = kernel(_strips_kernel, plan.dtype, item, s.lanes, s.channels, s.vectors)
     cuts = -(-g.groups // s.groups) * -(-g.out_size[1] // s.rows) * -(-g.out_size[2] // s.columns)
-    parallel_for(compiled, params, g.batch * cuts)
+    compiled = kernel(_strips_kernel, dtype, item)
+    return _Prepared(compiled, known, g.batch * cuts, (residues, offsets))
+
+
+def run(plan: Plan, packed: np.ndarray, bias: np.ndarray | None, views: Views) -> None:
+    """views of x (N, T, H, W, C), residual and y (N, OT, OH, OW, K); packed by `pack`."""
+    prepared = _prepared(plan, threads())
+    groups, blocks, *_, channels = packed.shape
+    shift = views.workspace[-groups * blocks * channels :]
+    shift[...] = 0
+    if bias is not None:
+        shift.reshape(groups, -1)[:, : bias.size // groups] = bias.reshape(groups, -1)
+    arrays = (views.x, views.y, views.residual, views.workspace, shift, packed)
+    parallel_for(prepared.kernel, (*map(address, arrays), *prepared.known), prepared.items)
