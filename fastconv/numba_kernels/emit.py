@@ -18,6 +18,7 @@ from numba.core.registry import cpu_target
 
 I1, I8, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 32, 64))
 ITEM_BYTES = {"float32": 4, "float64": 8}
+LINE_BYTES = 64  # of a cache line
 _FLAGS = ("contract",)
 
 
@@ -300,7 +301,7 @@ class Code:
         """Address of stack memory for some vectors, aligned to a cache line, not initialised."""
         with self.builder.goto_entry_block():
             memory = self.builder.alloca(self.vector, size=I32(vectors))
-            memory.align = 64
+            memory.align = LINE_BYTES
         return Int(self.builder, self.builder.ptrtoint(memory, I64))
 
     @contextlib.contextmanager

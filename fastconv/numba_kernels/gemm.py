@@ -10,7 +10,7 @@ import numpy as np
 
 from ..epilogue import Epilogue
 from .activations import activate
-from .simd import Code, Int, Vec, block, fma, register_count, vector_width
+from .simd import LINE_BYTES, Code, Int, Vec, block, fma, register_count, vector_width
 
 # Rows of the register block by registers and vectors per panel: accumulators, a row of B, one
 # element of A. 14 x 2, 8 x 3 and 6 x 4 run at the fused multiply-add peak, 7 x 4 and 9 x 3 spill.
@@ -155,8 +155,8 @@ def _product(
 
     def step(k: Int, sums: list[Vec]) -> list[Vec]:
         if ahead is not None:
-            for j in range(vectors):
-                code.prefetch(ahead, k * width + j * code.lanes, level=2)
+            for line in range(0, width, LINE_BYTES // code.item):
+                code.prefetch(ahead, k * width + line, level=2)
         panel = [code.load(b, k * width + j * code.lanes) for j in range(vectors)]
         following = []
         for i in range(rows):

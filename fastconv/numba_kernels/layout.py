@@ -12,9 +12,19 @@ from typing import NamedTuple
 import numpy as np
 
 from ..plan import CHANNELS_LAST, Plan
-from .simd import Code, Int, Vec, address, block, kernel, parallel_for, peek, vector_width
+from .simd import (
+    LINE_BYTES,
+    Code,
+    Int,
+    Vec,
+    address,
+    block,
+    kernel,
+    parallel_for,
+    peek,
+    vector_width,
+)
 
-_LINE_BYTES = 64
 _POINTS_PER_ITEM = 64  # a few cache lines of every channel
 
 
@@ -117,13 +127,13 @@ def to_contiguous(source: np.ndarray, target: np.ndarray) -> None:
 
 def pieces_size(sizes: Sequence[int], dtype: str) -> int:
     """Elements from which `pieces` can cut arrays of the given sizes."""
-    line = _LINE_BYTES // np.dtype(dtype).itemsize
+    line = LINE_BYTES // np.dtype(dtype).itemsize
     return sum(-(-size // line) * line for size in sizes) + line
 
 
 def pieces(workspace: np.ndarray, sizes: Sequence[int]) -> list[np.ndarray]:
     """Arrays of the given sizes and then the rest, cut from a workspace at cache-line borders."""
-    line = _LINE_BYTES // workspace.itemsize
+    line = LINE_BYTES // workspace.itemsize
     start = -(address(workspace) // workspace.itemsize) % line
     cut = []
     for size in sizes:
@@ -165,7 +175,10 @@ def channels_last_views(
     shapes = _copies(plan)
     *copies, rest = pieces(workspace, [prod(shape) for shape in shapes])
     if not shapes:
-        moved = [a if a is None else _lifted(np.moveaxis(a, 1, -1)) for a in (x, residual, y)]
+        moved = [
+            a if a is None else _lifted(a.transpose(0, *range(2, a.ndim), 1))
+            for a in (x, residual, y)
+        ]
         return Views(moved[0], moved[1], moved[2], rest, lambda: None)
     inside = [
         c.reshape(shape[0], *shape[2:], shape[1]) for c, shape in zip(copies, shapes, strict=True)

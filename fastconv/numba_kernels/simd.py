@@ -56,10 +56,11 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from .emit import ITEM_BYTES, Code, Int, Vec, fma, register_count, vector_width
+from .emit import ITEM_BYTES, LINE_BYTES, Code, Int, Vec, fma, register_count, vector_width
 
 __all__ = [
     "ITEM_BYTES",
+    "LINE_BYTES",
     "Code",
     "Int",
     "Kernel",

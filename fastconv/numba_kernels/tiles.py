@@ -84,9 +84,8 @@ def input_tile(
                 else:
                     code.store(value, planes, point * code.lanes)
 
-        if planes is not None:
-            for point in range(a0 * a1 * a2):
-                code.prefetch(v, point_step * point + c, write=True)
+        for point in range(a0 * a1 * a2):
+            code.prefetch(v, point_step * point + c, write=True)
         code.loop(a0, plane)
         if planes is not None:
             _along_axis_0(
