@@ -101,10 +101,10 @@ def call_converted(
     model: nn.Module, args: tuple[Any, ...], convert: Callable[[Tensor], Tensor]
 ) -> Any:
     """The output of a model as if its parameters and buffers were converted; it is not changed."""
-    # One entry per place a tensor is registered: the usual listings skip modules met twice.
+    # Once per module and each of its own tensors: a tensor replaced twice is not put back.
     places = {
         f"{prefix}.{name}" if prefix else name: convert(tensor)
-        for prefix, module in model.named_modules(remove_duplicate=False)
+        for prefix, module in model.named_modules()
         for name, tensor in (
             *module.named_parameters(recurse=False, remove_duplicate=False),
             *module.named_buffers(recurse=False, remove_duplicate=False),
