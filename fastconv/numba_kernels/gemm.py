@@ -6,6 +6,8 @@ of columns, [panel][depth][vectors * lanes], zeros behind the last column.
 
 from __future__ import annotations
 
+from math import prod
+
 import numpy as np
 
 from ..epilogue import Epilogue
@@ -36,14 +38,19 @@ def panel_vectors(columns: int, dtype: str) -> int:
 
 
 def pack_panels(b: np.ndarray, vectors: int) -> np.ndarray:
-    """b (..., depth, columns) -> (..., panels, depth, vectors * lanes), zeros behind the last."""
+    """b (..., depth, columns) -> (..., panels, depth, vectors * lanes), zeros behind the last.
+
+    Products ask for the panel behind the one they use, so there is memory behind the last as well.
+    """
     *outer, depth, columns = b.shape
     width = vectors * vector_width(str(b.dtype))
-    panels = -(-columns // width)
-    padded = np.zeros((*outer, depth, panels * width), b.dtype)
-    padded[..., :columns] = b
-    padded = padded.reshape(*outer, depth, panels, width)
-    return np.ascontiguousarray(np.moveaxis(padded, -2, -3))  # (..., panels, depth, width)
+    count = -(-columns // width)
+    memory = np.zeros((prod(outer) * count + 1) * depth * width, b.dtype)
+    panels = memory[: -depth * width].reshape(*outer, count, depth, width)
+    for panel in range(count):
+        part = b[..., panel * width : (panel + 1) * width]
+        panels[..., panel, :, : part.shape[-1]] = part
+    return panels
 
 
 @block

@@ -60,22 +60,31 @@ def input_tile(
         for axis, t in enumerate((t0, t1, t2))
     ]
 
+    # Addresses outside are slow even where masks or prefetching make them harmless: none is formed.
+    anchor = code.select(low2 > 0, low2, 0)  # the first column inside
+    some = code.both(anchor < a2, anchor < high2)
+    inside = {i2: code.within(low2, i2, high2) for i2 in sorted({*range(a2), *fresh[2]})}
+    column = {i2: code.select(real, i2, anchor) for i2, real in inside.items()}
+
     def vector(c: Int, _: list[Vec]) -> None:
-        masks = [
-            code.first(code.select(code.within(low2, j, high2), channels - c, 0)) for j in range(a2)
-        ]
+        masks = [code.first(code.select(inside[i2], channels - c, 0)) for i2 in range(a2)]
+
+        def row(i0: Int, i1: int) -> tuple[Int, Int]:
+            """Address and step of a row; zeros if it is outside."""
+            real = code.both(code.within(low0, i0, high0), code.within(low1, i1, high1))
+            real = code.both(real, some)
+            start = x + (i0 * step0 + step1 * i1 + c) * code.item
+            return code.select(real, start, zeros), code.select(real, step2, 0)
 
         def plane(i0: Int, _: list[Vec]) -> None:
-            for i1, i2 in product(fresh[1], fresh[2]):
-                code.prefetch(x, (i0 + fresh[0].start) * step0 + step1 * i1 + step2 * i2 + c)
-            inside = code.within(low0, i0, high0)
+            for i1 in fresh[1]:
+                start, step = row(i0 + fresh[0].start, i1)
+                for i2 in fresh[2]:
+                    code.prefetch(start, step * column[i2])
             grid = []
             for i1 in range(a1):
-                real = code.both(inside, code.within(low1, i1, high1))
-                # Rows outside read zeros instead, columns outside are masked.
-                row = code.select(real, x + (i0 * step0 + step1 * i1 + c) * code.item, zeros)
-                step = code.select(real, step2, 0)
-                grid.append([code.load(row, step * j, masks[j]) for j in range(a2)])
+                start, step = row(i0, i1)
+                grid.append([code.load(start, step * column[i2], masks[i2]) for i2 in range(a2)])
             grid = _nested(t1.input_program, t2.input_program, grid)
             for (i1, i2), value in _entries(grid):
                 point = i0 * (a1 * a2) + (i1 * a2 + i2)
@@ -138,12 +147,13 @@ def output_tile(
     limits = [out0.minimum(m0), out1.minimum(m1), out2.minimum(m2)]
 
     def vector(c: Int, _: list[Vec]) -> None:
-        for i0, i1, i2 in product(range(m0), range(m1), range(m2)):
-            code.prefetch(y, step0 * i0 + step1 * i1 + step2 * i2 + c, write=True)
         full, mask = code.both(whole, columns - c >= lanes), code.first(columns - c)
         partial = code.builder.not_(full)
         out = code.select(full, y + c * code.item, spare)
         out_steps = [code.select(full, s, t) for s, t in zip(steps, spare_steps, strict=True)]
+        for i0, i1, i2 in product(range(m0), range(m1), range(m2)):
+            where = out_steps[0] * i0 + out_steps[1] * i1 + out_steps[2] * i2
+            code.prefetch(out, where, write=True)
         shift = code.load(bias, c) if "bias" in words else None
         added = None
         if "residual" in words:

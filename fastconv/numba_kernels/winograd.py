@@ -147,7 +147,10 @@ def prepack(weights: np.ndarray, plan: Plan) -> Packed:
     for axis, t in enumerate(schedule.transforms, 2):
         u = apply_along(t.filter_program, u, axis)
     u = u.reshape(*u.shape[:2], -1).transpose(2, 0, 1).astype(plan.dtype)  # (points, C, K)
-    u = np.ascontiguousarray(pack_panels(u, schedule.vectors).swapaxes(0, 1))
+    width = schedule.width
+    split = [u[..., start : start + width] for start in range(0, u.shape[2], width)]
+    split[-1] = np.pad(split[-1], ((0, 0), (0, 0), (0, width - split[-1].shape[2])))
+    u = pack_panels(np.stack(split), schedule.vectors)[:, :, 0]  # (panels, points, C, width)
     spec, vectors = spec_of(schedule.transforms), schedule.vectors
     words, rows = epilogue_words(plan.epilogue), block_rows(vectors)
     return Packed(
