@@ -6,9 +6,13 @@ INSTALLED := $(VENV)/.installed
 DEMO ?=
 TESTS ?=
 BENCH ?=
+OUT ?= build/bench
+PEERS := $(VENV)/.peers-installed
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(abspath $(BIN)/python),$(PYTHON))
+NO_GPU = $(shell $(GPU_PYTHON) bench/no_gpu.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint bench clean
+.PHONY: help venv demo test lint bench gpu clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,11 +41,25 @@ lint: $(INSTALLED)  ## check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@rm -rf .typecheck && mkdir -p .typecheck/fastconv
-	@ln -s $(CURDIR)/fastconv/* $(CURDIR)/reference .typecheck/fastconv/
+	@ln -s $(CURDIR)/fastconv/* $(CURDIR)/reference $(CURDIR)/bench .typecheck/fastconv/
 	cd .typecheck && ../$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p fastconv
 
-bench: $(INSTALLED)  ## time our layers against PyTorch's, by turns (BENCH="--family winograd")
-	$(BIN)/python bench/run.py $(BENCH)
+bench: $(PEERS)  ## time us against what people run today (BENCH="layers --filter depthwise")
+	$(BIN)/python -m fastconv bench $(if $(BENCH),$(BENCH),all --limit 720 --json $(OUT)/ --plot $(OUT))
+
+$(PEERS): $(INSTALLED) requirements-bench.txt
+	@echo "Installing the peers into $(VENV): a few minutes, once."
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet \
+		-r requirements-dev.txt -r requirements-bench.txt
+	@touch $@
+
+# For a machine without a network: its own Python brings PyTorch, the package goes beside it.
+gpu:  ## check and time everything on this machine's GPU (OUT=folder for the rows)
+	$(if $(NO_GPU),$(error no GPU here: $(NO_GPU)))
+	rm -rf build/gpu-site build/lib && mkdir -p $(OUT)
+	$(GPU_PYTHON) -m pip install --disable-pip-version-check --quiet --no-index --no-deps \
+		--no-build-isolation --target build/gpu-site .
+	cd build/gpu-site && $(GPU_PYTHON) -m fastconv bench gpu --out $(abspath $(OUT))
 
 clean:  ## remove everything that was created, .venv too
 	rm -rf $(VENV) .typecheck .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info

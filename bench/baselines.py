@@ -10,7 +10,7 @@ from fastconv.errors import UnsupportedError
 
 from . import runtimes, torch_peers
 from .cases import KINDS
-from .contenders import Prepared
+from .contenders import Prepared, Settings
 from .problems import Problem
 
 
@@ -19,8 +19,9 @@ class Peer:
     """A way people compute the same thing today.
 
     packages  must be importable
-    prepare   (problem, threads) -> Prepared; raises UnsupportedError with the reason if it cannot
+    prepare   (problem, settings) -> Prepared; raises UnsupportedError with the reason if it cannot
     kinds     the kinds of cases it is for
+    devices   where it runs
     short     the head of its column
     """
 
@@ -28,8 +29,9 @@ class Peer:
     title: str
     short: str
     packages: tuple[str, ...]
-    prepare: Callable[[Problem, int], Prepared]
+    prepare: Callable[[Problem, Settings], Prepared]
     kinds: tuple[str, ...] = KINDS
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
     def missing(self) -> str | None:
         """None, or why it cannot run here at all."""
@@ -39,65 +41,57 @@ class Peer:
         return f"{' and '.join(absent)} not installed: pip install 'fastconv[bench]'"
 
 
+TORCH = ("torch",)
+OPENVINO = ("openvino", "torch")
+ONNX = ("onnxruntime", "onnx", "torch")
 WHOLE = ("layers", "blocks", "networks")
-PEERS: dict[str, Peer] = {
-    peer.name: peer
-    for peer in (
-        Peer("torch", "PyTorch, contiguous", "torch", ("torch",), torch_peers.plain(False)),
-        Peer(
-            "torch-last", "PyTorch, channels_last_3d", "t.last", ("torch",), torch_peers.plain(True)
-        ),
-        Peer(
-            "torch-compile",
-            "torch.compile with freezing",
-            "t.comp",
-            ("torch",),
-            torch_peers.compiled,
-            WHOLE,
-        ),
-        Peer(
-            "openvino",
-            "OpenVINO, float32",
-            "ov.f32",
-            ("openvino", "torch"),
-            runtimes.openvino("f32"),
-        ),
-        Peer(
-            "openvino-default",
-            "OpenVINO, its default precision",
-            "ov.def",
-            ("openvino", "torch"),
-            runtimes.openvino(None),
-        ),
-        Peer(
-            "onnxruntime",
-            "ONNX Runtime",
-            "ort",
-            ("onnxruntime", "onnx", "torch"),
-            runtimes.onnxruntime,
-            WHOLE,
-        ),
-        Peer(
-            "continual-inference",
-            "continual-inference",
-            "co",
-            ("continual", "torch"),
-            runtimes.continual,
-            ("streams",),
-        ),
-    )
-}
+CPU, GPU = ("cpu",), ("cuda",)
+_ALL = (
+    Peer("torch", "PyTorch", "torch", TORCH, torch_peers.plain(False)),
+    Peer("torch-last", "PyTorch channels_last_3d", "t.last", TORCH, torch_peers.plain(True)),
+    Peer("torch-tf32", "PyTorch TF32", "t.tf32", TORCH, torch_peers.plain(False, True), KINDS, GPU),
+    Peer(
+        "torch-last-tf32",
+        "PyTorch channels_last_3d TF32",
+        "tl.tf32",
+        TORCH,
+        torch_peers.plain(True, True),
+        KINDS,
+        GPU,
+    ),
+    Peer("torch-compile", "torch.compile frozen", "t.comp", TORCH, torch_peers.compiled, WHOLE),
+    Peer("openvino", "OpenVINO", "ov.f32", OPENVINO, runtimes.openvino("f32"), KINDS, CPU),
+    Peer(
+        "openvino-default",
+        "OpenVINO default precision",
+        "ov.def",
+        OPENVINO,
+        runtimes.openvino(None),
+        KINDS,
+        CPU,
+    ),
+    Peer("onnxruntime", "ONNX Runtime", "ort", ONNX, runtimes.onnxruntime, WHOLE, CPU),
+    Peer(
+        "continual-inference",
+        "continual-inference",
+        "co",
+        ("continual", "torch"),
+        runtimes.continual,
+        ("streams",),
+    ),
+)
+PEERS: dict[str, Peer] = {peer.name: peer for peer in _ALL}
 # A name that stands for several.
 GROUPS = {"torch": ("torch", "torch-last")}
 
 
-def select(text: str) -> list[Peer]:
-    """The peers named in a comma-separated list, or 'all' or 'none'.
+def select(text: str, device: str = "cpu") -> list[Peer]:
+    """The peers named in a comma-separated list, or 'all' those of a device, or 'none'.
 
     Raises UnsupportedError for an unknown name.
     """
     if text == "all":
-        return list(PEERS.values())
+        return [peer for peer in PEERS.values() if device in peer.devices]
     names: list[str] = []
     for name in [] if text == "none" else text.split(","):
         if name not in PEERS:

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import csv
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from importlib import resources
 
 from fastconv import backends
-from fastconv.count_table import parse_layer
+from fastconv.count_table import layer_text, parse_layer
 from fastconv.errors import UnsupportedError
 from fastconv.geometry import Geometry, SeparableGeometry
 
 KINDS = ("layers", "blocks", "networks", "streams")
+DTYPES = ("float32", "float16", "bfloat16")
 # Networks whose convolutions are timed one by one; larger siblings repeat the same kinds of layers.
 TRACED = ("x3d_m", "x3d_s", "c3d")
+TABLE = "table"
 
 
 @dataclass(frozen=True)
 class Case:
     """One thing to time.
 
-    target      a LAYER as `python -m fastconv count` reads it, or a network's name; for `streams` the window that one
-                output column reads
+    target      a LAYER as `python -m fastconv count` reads it, or a network's name; for `streams`
+                the window that one output column reads
     name        what tables show and `--filter` looks at
     activation  applied after every stage, with a bias
-    bar, goal   the ratio to the best peer that counts as good, and the ratio (or 'copy': copy speed; or milliseconds) aimed at
-    source      where the case comes from: 'table', or the networks that have this layer
+    bar, goal   the ratio to the best peer that counts as good, and what is aimed at: a ratio,
+                'copy' (copy speed) or milliseconds
+    source      'table', or the networks that have this layer
     """
 
     kind: str
@@ -35,7 +39,8 @@ class Case:
     bar: float | None = None
     goal: str = ""
     note: str = ""
-    source: str = "table"
+    source: str = TABLE
+    dtype: str = "float32"
 
     @property
     def geometry(self) -> Geometry | SeparableGeometry | None:
@@ -63,11 +68,9 @@ def _case(row: dict[str, str]) -> Case:
 
 
 def of_networks(names: tuple[str, ...] = TRACED) -> list[Case]:
-    """Every distinct convolution of the zoo's networks, traced on the `meta` device; [] without PyTorch."""
+    """Every distinct convolution of these networks of the zoo; [] without PyTorch."""
     if not backends.installed("torch"):
         return []
-    from fastconv.count_table import layer_text
-
     homes: dict[Geometry, list[str]] = {}
     for name in names:
         for geometry in _convolutions(name):
@@ -81,6 +84,7 @@ def of_networks(names: tuple[str, ...] = TRACED) -> list[Case]:
 
 
 def _convolutions(network: str) -> list[Geometry]:
+    """Traced on the `meta` device: nothing is computed."""
     import torch
 
     from fastconv import zoo
@@ -93,25 +97,35 @@ def _convolutions(network: str) -> list[Geometry]:
 
 
 def select(
-    kinds: tuple[str, ...], filters: tuple[str, ...] = (), traced: bool = True
+    kinds: Sequence[str],
+    filters: Sequence[str] = (),
+    traced: bool = True,
+    dtypes: Sequence[str] = ("float32",),
 ) -> list[Case]:
-    """The cases of some kinds whose name, target or source contains every filter; the table's first.
+    """The cases of some kinds with every filter in name, target or source; the table's first.
 
-    Raises UnsupportedError if none is left.
+    Raises UnsupportedError if none is left, or for an unknown dtype.
     """
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            raise UnsupportedError(f"bench: unknown dtype {dtype!r}. Known: {', '.join(DTYPES)}")
     found = [case for case in table() if case.kind in kinds]
     if traced and "layers" in kinds:
-        known = {case.target for case in found}
-        geometries = {case.geometry for case in found if case.kind == "layers"}
-        extra = [c for c in of_networks() if c.target not in known and c.geometry not in geometries]
-        found += extra
+        known = {case.geometry for case in found if case.kind == "layers"}
+        found += [case for case in of_networks() if case.geometry not in known]
     kept = [case for case in found if all(_matches(case, text) for text in filters)]
     if not kept:
         raise UnsupportedError(
             f"bench: no case of {', '.join(kinds)} matches {' and '.join(map(repr, filters))}; "
-            f"`python -m fastconv bench list` names them"
+            "`python -m fastconv bench list` names them"
         )
-    return kept
+    return [_in_dtype(case, dtype) for dtype in dtypes for case in kept]
+
+
+def _in_dtype(case: Case, dtype: str) -> Case:
+    if dtype == case.dtype:
+        return case
+    return replace(case, dtype=dtype, name=f"{case.name} {dtype}", bar=None, goal="")
 
 
 def _matches(case: Case, text: str) -> bool:
@@ -122,19 +136,16 @@ def describe(geometry: Geometry | SeparableGeometry) -> str:
     """A geometry in words, e.g. 'depthwise 3x3x3 108 /1x2x2, 16x56x56'."""
     if isinstance(geometry, SeparableGeometry):
         t, d, p = geometry.stages
-        stages = f"{_by_x(t.kernel)} {t.in_channels}->{t.out_channels}, dw {_by_x(d.kernel)}, pw {p.out_channels}"
+        channels = f"{t.in_channels}->{t.out_channels}"
+        stages = f"{_by_x(t.kernel)} {channels}, dw {_by_x(d.kernel)}, pw {p.out_channels}"
         return f"separable {stages}, {_by_x(t.in_size)}"
     g = geometry
-    channels = f"{g.in_channels}->{g.out_channels}"
+    kind, channels = f"grouped/{g.groups}", f"{g.in_channels}->{g.out_channels}"
     if g.groups == 1:
         kind = "pointwise" if g.taps == 1 else "dense"
     elif g.is_depthwise:
-        kind, channels = (
-            "depthwise",
-            channels if g.in_channels != g.out_channels else f"{g.in_channels}",
-        )
-    else:
-        kind = f"grouped/{g.groups}"
+        kind = "depthwise"
+        channels = channels if g.in_channels != g.out_channels else f"{g.in_channels}"
     kernel = "" if kind == "pointwise" else f" {_by_x(g.kernel)}"
     stride = "" if set(g.stride) == {1} else f" /{_by_x(g.stride)}"
     return f"{kind}{kernel} {channels}{stride}, {_by_x(g.in_size)}"

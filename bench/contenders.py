@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import cycle
 from typing import Any
 
 import numpy as np
 
-from fastconv.plan import Plan
+from fastconv.plan import CHANNELS_LAST, Plan
+
+MOST_SETS = 16
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where and how to time.
+
+    budget_s  of timing per case
+    cold      caches are emptied before each call (CPU)
+    """
+
+    threads: int
+    repeats: int = 30
+    budget_s: float = 4.0
+    cold: bool = False
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -31,9 +49,37 @@ class Prepared:
     factor: float = 1.0
 
 
+def tensor(array: np.ndarray | None, layout: str, dtype: str, device: str) -> Any:
+    """A tensor of an array (N, C, *size); None of None. Only 5 dimensions have two layouts."""
+    if array is None:
+        return None
+    import torch
+
+    made = torch.from_numpy(array).to(device, getattr(torch, dtype))
+    if layout == CHANNELS_LAST and made.dim() == 5:
+        return made.contiguous(memory_format=torch.channels_last_3d)
+    return made.contiguous()
+
+
+def inputs(array: np.ndarray, layout: str, dtype: str, settings: Settings) -> Iterator[Any]:
+    """The input again and again; on a GPU in enough copies that its L2 cache does not answer."""
+    first = tensor(array, layout, dtype, settings.device)
+    return cycle([first, *(first.clone() for _ in range(sets(first, settings) - 1))])
+
+
+def sets(first: Any, settings: Settings) -> int:
+    """Copies of an input that together fill the L2 cache twice; 1 on a CPU."""
+    if settings.device == "cpu":
+        return 1
+    import torch
+
+    cache = torch.cuda.get_device_properties(settings.device).L2_cache_size
+    return max(1, min(MOST_SETS, -(-2 * cache // max(1, first.numel() * first.element_size()))))
+
+
 def as_array(result: Any) -> np.ndarray:
     """A NumPy array of an array or tensor, float32 at least."""
     if isinstance(result, np.ndarray):
         return result
-    tensor = result.detach().cpu()
-    return np.asarray(tensor if tensor.element_size() >= 4 else tensor.float())
+    made = result.detach().cpu()
+    return np.asarray(made if made.element_size() >= 4 else made.float())

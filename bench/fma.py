@@ -18,12 +18,13 @@ from fastconv.numba_kernels.simd import (
     vector_width,
 )
 
-CHAINS = 12  # more than latency times throughput of a multiply-add, fewer than there are registers
+# More than latency times throughput of a multiply-add, fewer than there are registers.
+CHAINS = 12
 
 
 @block
 def _chains(code: Code, dtype: str, chains: int, out: Int, rounds: Int) -> None:
-    """chains independent sums s = s * a + b, rounds times; their total goes to out, so that it is not left out."""
+    """Independent sums s = s * a + b, rounds times; their total is stored, or they would vanish."""
     a, b = code.broadcast(out, 0), code.broadcast(out, 1)
     start = [code.splat(i) for i in range(chains)]
     sums = code.loop(rounds, lambda _, carry: [fma(s, a, b) for s in carry], start)
@@ -33,8 +34,8 @@ def _chains(code: Code, dtype: str, chains: int, out: Int, rounds: Int) -> None:
     code.store(total, out)
 
 
-def _fma_kernel(DTYPE, CHAINS):
-    def fma_kernel(params, item, thread):
+def _fma_kernel(DTYPE: str, CHAINS: int) -> Callable[..., None]:
+    def fma_kernel(params: int, item: int, thread: int) -> None:
         _chains(DTYPE, CHAINS, peek(params, 0) + item * 256, peek(params, 1))
 
     return fma_kernel
@@ -42,11 +43,11 @@ def _fma_kernel(DTYPE, CHAINS):
 
 def loop(threads: int, rounds: int) -> tuple[int, Callable[[], None]]:
     """The multiply-adds of one call, and the call."""
-    out = np.tile(np.float32(0.5), (threads, 64))  # a cache line or more per thread: a = b = 0.5
+    out = np.empty((threads, 64), np.float32)  # 256 bytes per thread: no cache line is shared
     compiled = kernel(_fma_kernel, "float32", CHAINS)
 
     def call() -> None:
-        out[:, :2] = 0.5
+        out[:, :2] = 0.5  # a and b
         parallel_for(compiled, (address(out), rounds), threads)
 
     return threads * rounds * CHAINS * vector_width("float32"), call

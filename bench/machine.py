@@ -26,7 +26,7 @@ PACKAGES = (
 
 def facts(device: str = "cpu") -> dict[str, Any]:
     """Everything about this machine and installation that a row should be read with."""
-    found = {
+    found: dict[str, Any] = {
         "kind": kind(device),
         "cpu": cpu_name(),
         "instruction_sets": list(backends.instruction_sets()),
@@ -46,12 +46,12 @@ def facts(device: str = "cpu") -> dict[str, Any]:
 
         found["gpu"] = torch.cuda.get_device_name()
         found["versions"]["cuda"] = torch.version.cuda
-        found["versions"]["cudnn"] = torch.backends.cudnn.version()
+        found["versions"]["cudnn"] = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
     return found
 
 
 def kind(device: str = "cpu") -> str:
-    """A file name for results of machines like this one, e.g. 'amd-epyc-26-2-2cpu' or 'nvidia-h200'."""
+    """A file name for results of such machines, e.g. 'amd-epyc-26-2-2cpu' or 'nvidia-h200'."""
     if device != "cpu":
         import torch
 
@@ -76,12 +76,12 @@ def cpus() -> int:
 
 
 def load() -> float:
-    """Processes that ran or wanted to in the last minute, on average; 0 where the system does not say."""
+    """Processes that wanted a CPU in the last minute, on average; 0 where nobody counts."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
 def commit() -> str | None:
-    """The commit this package is at, with '+changes' if files differ from it; None outside a checkout."""
+    """The commit of this checkout, '+changes' if files differ from it; None outside a checkout."""
     here = Path(__file__).resolve().parent
     head = _git(here, "rev-parse", "--short=12", "HEAD")
     if head is None:

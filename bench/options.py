@@ -1,4 +1,4 @@
-"""The command line of `python -m fastconv bench`; nothing heavy is imported before a command runs."""
+"""The command line of `python -m fastconv bench`; heavy modules wait until a command runs."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 KINDS = ("layers", "blocks", "networks", "streams")
 HELP = {
-    "all": "everything below, the most informative cases first",
-    "layers": "single convolutions: the table's, then every distinct one of the zoo's networks",
+    "all": "all four, the most informative cases first",
+    "layers": "single convolutions: a table of well-known ones, then those of the zoo's networks",
     "blocks": "fully separable blocks",
     "networks": "whole networks",
     "streams": "one frame in, one column out",
@@ -20,74 +20,59 @@ def add(commands: Any) -> None:
     bench = commands.add_parser("bench", help="time our kernels against what people run today")
     kinds = bench.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, text in HELP.items():
-        _timing(kinds.add_parser(name, help=text))
+        _timing(kinds.add_parser(name, help=text), KINDS if name == "all" else (name,))
     compare = kinds.add_parser("compare", help="what got faster or slower from one file to another")
     compare.add_argument("before", metavar="A.json")
     compare.add_argument("after", metavar="B.json")
     compare.set_defaults(command=_compare)
-    show = kinds.add_parser("show", help="the table and plots of a file")
+    show = kinds.add_parser("show", help="the table of a file, and its plots")
     show.add_argument("file", metavar="FILE.json")
     show.add_argument("--plot", metavar="DIR", help="write PNG plots into this folder")
     show.set_defaults(command=_show)
     readme = kinds.add_parser("readme", help="write the table of bench/results into README.md")
     readme.set_defaults(command=_readme)
-    listing = kinds.add_parser("list", help="the cases and the peers, with what is missing")
+    listing = kinds.add_parser("list", help="the cases, and the peers with what is missing")
     listing.set_defaults(command=_list)
+    gpu = kinds.add_parser("gpu", help="check, then time, everything on this machine's GPU")
+    gpu.add_argument("--out", required=True, metavar="DIR", help="the folder of all rows")
+    gpu.add_argument("--threads", type=_positive, help="default: every CPU of this process")
+    gpu.set_defaults(command=_gpu)
 
 
-def _timing(parser: argparse.ArgumentParser) -> None:
-    kind = parser.prog.split()[-1]
-    parser.add_argument(
-        "--filter",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="only cases whose name, LAYER or network contains TEXT; repeat for more (all must hold)",
-    )
-    parser.add_argument(
-        "--backend", default="auto", help="auto (default), numba, c, triton, torch, ..."
-    )
-    parser.add_argument(
-        "--algorithm", default="auto", help="layers: auto (default), direct, winograd, ..."
-    )
-    parser.add_argument(
-        "--tile", type=_tile, metavar="MxMxM", help="layers: outputs per tile and axis"
-    )
-    parser.add_argument("--peers", default="all", help="all (default), none, or names with commas")
-    parser.add_argument("--table-only", action="store_true", help="layers: without the zoo's")
-    parser.add_argument(
-        "--cold", action="store_true", help="empty the caches before each timed call"
-    )
-    parser.add_argument("--threads", type=_positive, help="default: every CPU this process may use")
-    parser.add_argument("--repeats", type=_positive, default=30, help="default: %(default)s")
-    parser.add_argument(
-        "--budget",
-        type=_seconds,
-        default=4.0,
-        metavar="S",
-        help="of timing per case; default: %(default)g",
-    )
-    parser.add_argument(
-        "--limit",
-        type=_seconds,
-        default=float("inf"),
-        metavar="S",
-        help="of the whole run; default: none",
-    )
-    parser.add_argument(
-        "--json", metavar="FILE", help="write rows as they come; a folder: named by machine"
-    )
-    parser.add_argument("--plot", metavar="DIR", help="write PNG plots into this folder")
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s"
-    )
-    parser.set_defaults(command=_run, kinds=KINDS if kind == "all" else (kind,))
+def _timing(parser: argparse.ArgumentParser, kinds: tuple[str, ...]) -> None:
+    add = parser.add_argument
+    text = "only cases with TEXT in name, LAYER or network; repeat it: all must hold"
+    add("--filter", action="append", default=[], metavar="TEXT", help=text)
+    add("--backend", default="auto", help="auto (default), numba, c, triton, torch, reference")
+    add("--algorithm", default="auto", help="of layers: auto (default), direct, winograd, ...")
+    add("--tile", type=_tile, metavar="MxMxM", help="of winograd layers: outputs per tile and axis")
+    add("--peers", default="all", help="all (default), none, or names with commas, see list")
+    add("--table-only", action="store_true", help="of layers: without those of the networks")
+    add("--cold", action="store_true", help="empty the caches before each timed call")
+    add("--threads", type=_positive, help="default: every CPU that this process may use")
+    add("--repeats", type=_positive, default=30, help="at most; default: %(default)s")
+    text = "seconds of timing per case (networks 3 times as long); default: %(default)g"
+    add("--budget", type=_seconds, default=4.0, metavar="S", help=text)
+    text = "seconds after which no further case is begun; default: none"
+    add("--limit", type=_seconds, default=float("inf"), metavar="S", help=text)
+    add("--json", metavar="FILE", help="write rows as they come; into a folder: named by machine")
+    add("--plot", metavar="DIR", help="write PNG plots into this folder")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+    text = "float32 (default), float16, bfloat16, or several with commas"
+    add("--dtype", type=_names, default=("float32",), help=text)
+    parser.set_defaults(command=_run, kinds=kinds)
 
 
 def _run(args: argparse.Namespace) -> int:
     from . import run
 
     return run.main(args)
+
+
+def _gpu(args: argparse.Namespace) -> int:
+    from . import gpu
+
+    return gpu.main(args)
 
 
 def _compare(args: argparse.Namespace) -> int:
@@ -103,8 +88,9 @@ def _show(args: argparse.Namespace) -> int:
     document = results.read(args.file)
     print("\n".join(report.summary(document)))
     if args.plot:
-        from . import plots
+        from . import plots, run
 
+        run.require_plots(args.plot)
         print("\n".join(f"wrote {path}" for path in plots.write(document, args.plot)))
     return 0
 
@@ -138,6 +124,10 @@ def _seconds(text: str) -> float:
     if not value > 0:
         raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text!r}")
     return value
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
 
 
 def _tile(text: str) -> tuple[int, ...]:

@@ -1,17 +1,19 @@
-"""Our kernels on a problem: planned and packed beforehand; layout changes and transforms happen in the call."""
+"""Our kernels on a problem: planned and packed beforehand; all else happens in the call."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from fastconv import backends, ops, planner
-from fastconv.geometry import Geometry, SeparableGeometry
+from fastconv.geometry import Geometry
 from fastconv.plan import CHANNELS_LAST, CONTIGUOUS, Plan
 
-from .contenders import Prepared, as_array
+from .contenders import Prepared, Settings, as_array, inputs, tensor
 from .problems import Problem
 
 
@@ -23,31 +25,26 @@ class Choice:
     algorithm: str = "auto"
     tile: tuple[int, ...] | None = None
     layout: str = CHANNELS_LAST
-    device: str = "cpu"
-    dtype: str = "float32"
 
 
-def prepare(problem: Problem, choice: Choice) -> Prepared:
+def prepare(problem: Problem, choice: Choice, settings: Settings) -> Prepared:
     """Raises UnsupportedError or BackendError with the reason if this choice cannot run."""
     if problem.case.kind == "networks":
-        return _network(problem, choice)
+        return _network(problem, choice, settings)
     if problem.case.kind == "streams":
-        return _stream(problem, choice)
-    return _layer(problem, choice)
+        return _stream(problem, choice, settings)
+    return _layer(problem, choice, settings)
 
 
-def _plan(problem: Problem, choice: Choice) -> Plan:
-    geometry: Geometry | SeparableGeometry | None = problem.case.geometry
+def _plan(problem: Problem, choice: Choice, settings: Settings) -> Plan:
+    geometry, epilogues = problem.case.geometry, problem.epilogues
     assert geometry is not None
-    epilogue: Any = problem.epilogues
-    if isinstance(geometry, Geometry):
-        epilogue = epilogue[0]
     plain = problem.case.kind == "layers"
     return planner.plan(
         geometry,
-        dtype=choice.dtype,
-        device=choice.device,
-        epilogue=epilogue,
+        dtype=problem.case.dtype,
+        device=settings.device,
+        epilogue=epilogues[0] if isinstance(geometry, Geometry) else epilogues,  # type: ignore[arg-type]
         layout=choice.layout,
         algorithm=choice.algorithm if plain else "auto",
         backend=choice.backend,
@@ -58,29 +55,27 @@ def _plan(problem: Problem, choice: Choice) -> Plan:
     )
 
 
-def _layer(problem: Problem, choice: Choice) -> Prepared:
-    plan = _plan(problem, choice)
+def _layer(problem: Problem, choice: Choice, settings: Settings) -> Prepared:
+    plan = _plan(problem, choice, settings)
     single = isinstance(plan.geometry, Geometry)
     packed = ops.pack(plan, problem.weights[0] if single else problem.weights)
+    biases: tuple[Any, ...] = problem.biases
+    call: Callable[[], Any]
     if plan.device != "cpu" or plan.backend == "torch":
         from fastconv import torch_ops
 
-        x, biases = _tensor(problem.x, choice), [_tensor(b, choice) for b in problem.biases]
-        bias = biases[0] if single else tuple(biases)
+        xs = inputs(problem.x, plan.layout, plan.dtype, settings)
+        biases = tuple(tensor(b, CONTIGUOUS, plan.dtype, plan.device) for b in biases)
+        bias = biases[0] if single else biases
 
         def call() -> Any:
-            return torch_ops.execute(plan, x, packed, bias, None)
+            return torch_ops.execute(plan, next(xs), packed, bias, None)
     else:
-        array = laid_out(problem.x, choice.layout)
-        given = problem.biases[0] if single else problem.biases
+        x, bias = laid_out(problem.x, plan.layout), biases[0] if single else biases
 
         def call() -> Any:
-            return ops.execute(plan, array, packed, given, None)
+            return ops.execute(plan, x, packed, bias, None)
 
-    return _prepared(call, plan)
-
-
-def _prepared(call: Any, plan: Plan) -> Prepared:
     factor = max(1.0, planner.error_factor(plan))
     return Prepared(call, lambda: as_array(call()), plan.dtype, _algorithm(plan), (plan,), factor)
 
@@ -89,68 +84,64 @@ def _algorithm(plan: Plan) -> str:
     return f"{plan.backend} {plan.algorithm}"
 
 
-def _stream(problem: Problem, choice: Choice) -> Prepared:
-    plan = _plan(problem, choice)
-    g = plan.geometry
-    assert isinstance(g, Geometry)
-    packed, bias = ops.pack(plan, problem.weights[0]), problem.biases[0]
-    frames = [laid_out(f, choice.layout) for f in problem.x]
-    ring = (*g.x_shape[:2], g.in_size[0] - 1, *g.in_size[1:])
+def _stream(problem: Problem, choice: Choice, settings: Settings) -> Prepared:
+    plan = _plan(problem, choice, settings)
+    assert isinstance(plan.geometry, Geometry)
+    weight, bias, w = problem.weights[0], problem.biases[0], None
+    if plan.device != "cpu":
+        from fastconv import torch_ops
+
+        def put(array: np.ndarray | None, layout: str = plan.layout) -> Any:
+            return tensor(array, layout, plan.dtype, plan.device)
+
+        frames = [put(frame) for frame in problem.x]
+        w, b = put(weight, CONTIGUOUS), put(bias)
+
+        def step(frame: Any, state: ops.State) -> Any:
+            return torch_ops.continual_step(plan, frame, state, w, b, None)
+    else:
+        frames, packed = [laid_out(f, plan.layout) for f in problem.x], ops.pack(plan, weight)
+        shape = (*plan.geometry.y_shape[:2], *plan.geometry.y_shape[3:])
+
+        def step(frame: Any, state: ops.State) -> Any:
+            y = empty(shape, plan.layout)
+            ops.run_step(plan, frame, packed, bias, None, state, y)
+            return y
+
+    dilation = plan.geometry.dilation
 
     def fresh() -> ops.State:
-        return ops.State(
-            laid_out(np.zeros(ring, np.float32), choice.layout), np.zeros(g.batch, np.int64)
-        )
-
-    def step(frame: np.ndarray, state: ops.State) -> np.ndarray:
-        shape = (*g.y_shape[:2], *g.y_shape[3:])
-        y = empty(shape, choice.layout)
-        ops.run_step(plan, frame, packed, bias, None, state, y)
-        return y
+        return ops.continual_state(frames[0], weight if w is None else w, dilation)
 
     def output() -> np.ndarray:
         state = fresh()
-        return [step(frame, state) for frame in frames][-1]
+        return as_array([step(frame, state) for frame in frames][-1])
 
     state = fresh()
     return Prepared(lambda: step(frames[0], state), output, plan.dtype, _algorithm(plan), (plan,))
 
 
-def _network(problem: Problem, choice: Choice) -> Prepared:
+def _network(problem: Problem, choice: Choice, settings: Settings) -> Prepared:
     import torch
 
     from fastconv.nn.rewrite import accelerate
 
     if choice.backend != "auto":
         backends.check(choice.backend)
-    x = _tensor(problem.x, choice)
-    model, report = accelerate(problem.model, x, backend=choice.backend, check=False)
+    dtype = problem.case.dtype
+    xs = inputs(problem.x, choice.layout, dtype, settings)
+    assert problem.model is not None
+    source = copy.deepcopy(problem.model).to(settings.device, getattr(torch, dtype))
+    model, report = accelerate(source, next(xs), backend=choice.backend, check=False)
     plans = tuple(layer.plan for layer in report.layers if layer.plan is not None)
     used = "+".join(dict.fromkeys(plan.backend for plan in plans))
 
     def call() -> Any:
         with torch.inference_mode():
-            return model(x)
+            return model(next(xs))
 
-    return Prepared(
-        call,
-        lambda: as_array(call()),
-        choice.dtype,
-        f"{used} accelerate",
-        plans,
-        report.error_factor,
-    )
-
-
-def _tensor(array: np.ndarray | None, choice: Choice) -> Any:
-    if array is None:
-        return None
-    import torch
-
-    tensor = torch.from_numpy(array).to(choice.device, getattr(torch, choice.dtype))
-    if choice.layout == CONTIGUOUS or tensor.dim() != 5:
-        return tensor
-    return tensor.to(memory_format=torch.channels_last_3d)
+    name, factor = f"{used} accelerate", report.error_factor
+    return Prepared(call, lambda: as_array(call()), dtype, name, plans, factor)
 
 
 def empty(shape: tuple[int, ...], layout: str) -> np.ndarray:

@@ -1,7 +1,8 @@
-"""A case with its arrays and the exact answer, and the rule that says whether an answer is right."""
+"""A case with its arrays and exact answer, and the rule that says whether an answer is right."""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from math import sqrt
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,8 @@ UNIT = {
     "float16": 2.0**-11,
     "bfloat16": 2.0**-8,
 }
-# Errors of random data add like a random walk: the expected rms error, with this margin, is the bound.
+# Errors of random data add like a random walk: the expected rms error, with this margin, is the
+# bound. Loose against noise, tight against mistakes, which are off by the values' own size.
 MARGIN = 4.0
 
 
@@ -34,7 +36,8 @@ MARGIN = 4.0
 class Problem:
     """What every contender gets. Arrays are float32, in (N, C, *size) order, contiguous.
 
-    x           the input; for `streams` (frames, N, C, *frame), oldest first, more than the window holds
+    x           the input; for `streams` (frames, N, C, *frame), oldest first, two more than the
+                window holds
     weights     one per stage; biases likewise, None without; () for a network
     stages      the convolutions, in order
     model       the network, in eval mode
@@ -57,7 +60,10 @@ class Problem:
         return tuple(Epilogue(b is not None, self.case.activation) for b in self.biases)
 
     def errors(self, got: np.ndarray) -> tuple[float, float]:
-        """max |got - want| / max |want|, and the same of root mean squares; infinite if shape or values are off."""
+        """max |got - want| / max |want|, and the same of root mean squares.
+
+        Infinite if the shape is another or a value is not finite.
+        """
         if got.shape != self.want.shape or not np.isfinite(got).all():
             return float("inf"), float("inf")
         off = got.astype(np.float64) - self.want
@@ -69,22 +75,25 @@ class Problem:
     def allowed_rms(self, precision: str, factor: float = 1.0) -> float:
         """The largest relative rms error of a right answer.
 
-        precision: of the operands; sums are in float32 at least
-        factor: how much more error than a direct sum's an algorithm may make, as `planner.error_factor` says
+        precision  of the operands; sums are in float32 at least
+        factor     how much more error than a direct sum's the algorithm may make, as
+                   `planner.error_factor` says
         """
         rounding = 0.0 if precision in ("float32", "float64") else UNIT[precision]
         if self.model is not None:  # a network amplifies all roundings alike
-            return MARGIN * self.direct_rms * max(factor, rounding / UNIT["float32"])
+            return MARGIN * factor * self.direct_rms * max(1.0, rounding / UNIT["float32"])
         # Two operands and the result are rounded to the precision, in every stage.
-        return MARGIN * (factor * self.direct_rms + 3 * len(self.stages) * rounding)
+        return MARGIN * factor * (self.direct_rms + 3 * len(self.stages) * rounding)
 
 
 def make(case: Case) -> Problem:
-    """The problem of a case, from a fixed seed. Raises UnsupportedError for a network that does not exist."""
-    if case.kind == "networks":
-        return _network(case)
+    """The problem of a case, from a fixed seed.
+
+    Raises UnsupportedError for a network that does not exist.
+    """
     geometry = case.geometry
-    assert geometry is not None
+    if geometry is None:
+        return _network(case)
     stages = geometry.stages if isinstance(geometry, SeparableGeometry) else (geometry,)
     weights = tuple(_weights(stage, i) for i, stage in enumerate(stages))
     biased = case.activation != "none"
@@ -93,15 +102,14 @@ def make(case: Case) -> Problem:
     )
     if case.kind == "streams":
         frames = stages[0].in_size[0] + 2
-        shape = (frames, *stages[0].x_shape[:2], *stages[0].x_shape[3:])
-        x = _random(shape, 20)
-        window = np.moveaxis(x[2:], 0, 2)
+        x = _random((frames, *stages[0].x_shape[:2], *stages[0].x_shape[3:]), 20)
+        z: Any = np.moveaxis(x[2:], 0, 2)
     else:
-        window = x = _random(stages[0].x_shape, 20)
-    # A running sum of n random products has relative error u sqrt(n / 2); 8 for the epilogue and the last rounding.
-    rms = sum(sqrt(s.in_channels // s.groups * s.taps / 2 + 8) for s in stages) * UNIT["float32"]
-    problem = Problem(case, x, window, rms, weights, biases, stages)
-    z: Any = window
+        z = x = _random(stages[0].x_shape, 20)
+    # A running sum of n random products has relative error u sqrt(n / 2); 8 for epilogue and store.
+    terms = [s.in_channels // s.groups * s.taps for s in stages]
+    rms = sum(sqrt(n / 2 + 8) for n in terms) * UNIT["float32"]
+    problem = Problem(case, x, z, rms, weights, biases, stages)
     for stage, w, bias, epilogue in zip(stages, weights, biases, problem.epilogues, strict=True):
         z = direct.finish(direct.correlate(z, w, stage), bias, None, epilogue)
     problem.want = z[:, :, 0] if case.kind == "streams" else z
@@ -109,26 +117,26 @@ def make(case: Case) -> Problem:
 
 
 def _network(case: Case) -> Problem:
+    """The seeded network on random noise; PyTorch's own error in float32 is the measure."""
     from fastconv.zoo import NETWORKS, build
 
     if case.target not in NETWORKS:
         raise UnsupportedError(f"the zoo of this version has no {case.target}")
     import torch
 
-    network = NETWORKS[case.target]
     model = build(case.target).eval()
-    x = _random((1, *network.input_shape), 20)
+    x = _random((1, *NETWORKS[case.target].input_shape), 20)
+    exact = copy.deepcopy(model).double()
     with torch.inference_mode():
         plain = model(torch.from_numpy(x)).numpy()
-        want = model.double()(torch.from_numpy(x).double()).numpy()
-        model.float()
+        want = exact(torch.from_numpy(x).double()).numpy()
     problem = Problem(case, x, want, 0.0, model=model)
     problem.direct_rms = problem.errors(plain)[1]
     return problem
 
 
 def _weights(stage: Geometry, seed: int) -> np.ndarray:
-    """Standard normal over the square root of the sum's length, so that every stage keeps its scale."""
+    """Standard normal over the root of the sum's length, so that every stage keeps its scale."""
     w = _random(stage.w_shape, seed)
     return (w / np.float32(sqrt(np.prod(stage.w_shape[1:])))).astype(np.float32)
 

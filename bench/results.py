@@ -21,8 +21,8 @@ class Document:
     """What one run found.
 
     machine, settings, roofline: what the rows should be read with
-    rows: one per case and contender, 'ours' first; `status` is 'ok', 'wrong' (then there are no times), 'unsupported',
-        'unavailable', 'failed' or 'skipped', and `reason` says why
+    rows: one per case and contender, 'ours' first; `status` is 'ok', 'wrong' (then there are no
+        times), 'unsupported', 'unavailable', 'failed' or 'skipped', and `reason` says why
     """
 
     machine: dict[str, Any] = field(default_factory=dict)
@@ -50,14 +50,19 @@ class Document:
         rows = ",\n".join("  " + json.dumps(_finite(row)) for row in self.rows)
         neighbour = path.with_name(path.name + ".part")
         neighbour.write_text(f"{head}[\n{rows}\n ]\n}}\n", encoding="utf-8")
-        os.replace(neighbour, path)
+        neighbour.replace(path)
 
     def cases(self) -> list[list[Row]]:
         """The rows case by case, in order."""
-        grouped: dict[tuple[str, str], list[Row]] = {}
+        grouped: dict[tuple[str, ...], list[Row]] = {}
         for row in self.rows:
-            grouped.setdefault((row["kind"], row["target"]), []).append(row)
+            grouped.setdefault(key(row)[:-1], []).append(row)
         return list(grouped.values())
+
+
+def key(row: Row) -> tuple[str, str, str, str]:
+    """What the same row has in another document."""
+    return row["kind"], row["target"], row["dtype"], row["who"]
 
 
 def read(path: str | Path) -> Document:
@@ -94,13 +99,11 @@ def target(text: str, kind: str) -> Path:
 
 
 def best_peer(rows: list[Row]) -> Row | None:
-    """The fastest peer of a case that computed in ours' precision and was right."""
-    ours = next((row for row in rows if row["who"] == OURS), None)
-    precision = ours.get("precision", "float32") if ours else "float32"
-    peers = [
-        r for r in rows if r["who"] != OURS and r["status"] == "ok" and r["precision"] == precision
-    ]
-    return min(peers, key=lambda row: float(row["median_ms"]), default=None)
+    """The fastest peer of a case that was right and computed in ours' precision."""
+    precision = next((row["precision"] for row in rows if row["who"] == OURS), "float32")
+    peers = [row for row in rows if row["who"] != OURS and row["status"] == "ok"]
+    equal = [row for row in peers if row["precision"] == precision]
+    return min(equal, key=lambda row: float(row["median_ms"]), default=None)
 
 
 def _finite(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Peers that convert a PyTorch model or replace its modules: OpenVINO, ONNX Runtime, continual-inference."""
+"""Peers that take a PyTorch model over: OpenVINO, ONNX Runtime, continual-inference."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from fastconv.errors import UnsupportedError
 
-from .contenders import Prepared, as_array
+from .contenders import Prepared, Settings, as_array
 from .problems import Problem
 from .torch_peers import module_of, newest, set_weights, window
 
@@ -21,22 +21,23 @@ from .torch_peers import module_of, newest, set_weights, window
 LONG = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 
 
-def openvino(precision: str | None) -> Callable[[Problem, int], Prepared]:
+def openvino(precision: str | None) -> Callable[[Problem, Settings], Prepared]:
     """The model converted from PyTorch and compiled for latency.
 
     precision: 'f32', or None for the default of this CPU, which may be bfloat16
     """
 
-    def prepare(problem: Problem, threads: int) -> Prepared:
+    def prepare(problem: Problem, settings: Settings) -> Prepared:
         import openvino
         import torch
 
+        _float32(problem)
         x = window(problem)
         with quiet():
             model = openvino.convert_model(
                 module_of(problem), example_input=torch.from_numpy(x), input=[x.shape]
             )
-        options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+        options = {"INFERENCE_NUM_THREADS": settings.threads, "PERFORMANCE_HINT": "LATENCY"}
         if precision is not None:
             options["INFERENCE_PRECISION_HINT"] = precision
         compiled = openvino.Core().compile_model(model, "CPU", options)
@@ -59,19 +60,20 @@ def openvino(precision: str | None) -> Callable[[Problem, int], Prepared]:
     return prepare
 
 
-def onnxruntime(problem: Problem, threads: int) -> Prepared:
+def onnxruntime(problem: Problem, settings: Settings) -> Prepared:
     """The model exported to ONNX, on the CPU provider."""
     import onnxruntime
     import torch
 
+    _float32(problem)
     x = window(problem)
-    exported = io.BytesIO()
+    exported: Any = io.BytesIO()
     with quiet():
         torch.onnx.export(
             module_of(problem), (torch.from_numpy(x),), exported, dynamo=False, input_names=["x"]
         )
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = settings.threads
     options.log_severity_level = 3  # errors
     session = onnxruntime.InferenceSession(
         exported.getvalue(), options, providers=["CPUExecutionProvider"]
@@ -83,26 +85,27 @@ def onnxruntime(problem: Problem, threads: int) -> Prepared:
     return Prepared(call, lambda: newest(problem, call()))
 
 
-def continual(problem: Problem, threads: int) -> Prepared:
+def continual(problem: Problem, settings: Settings) -> Prepared:
     """continual-inference's convolution, one `forward_step` per frame."""
     with quiet():
         import continual
     import torch
 
+    _float32(problem)
     g = problem.stages[0]
     if g.dilation[0] != 1:
         raise UnsupportedError("continual-inference refuses temporal dilation")
     classes = {1: continual.Conv1d, 2: continual.Conv2d, 3: continual.Conv3d}
     padding = tuple(before for before, _ in g.padding)
     options = (g.kernel, g.stride, padding, g.dilation, g.groups)
-    frames = torch.from_numpy(problem.x)
+    frames = torch.from_numpy(problem.x).to(settings.device)
 
     def made() -> Any:
         layer = classes[g.n](
             g.in_channels, g.out_channels, *options, bias=problem.biases[0] is not None
         )
         set_weights(layer, problem.weights[0], problem.biases[0])
-        return layer.eval()
+        return layer.eval().to(settings.device)
 
     layer, counted = made(), made()
 
@@ -116,6 +119,11 @@ def continual(problem: Problem, threads: int) -> Prepared:
 
     warm(layer)
     return Prepared(call, lambda: as_array(warm(counted)))
+
+
+def _float32(problem: Problem) -> None:
+    if problem.case.dtype != "float32":
+        raise UnsupportedError("is timed in float32")
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""PyTorch itself as a peer, in both memory formats and compiled; and what the other peers take from it."""
+"""PyTorch as a peer, in both memory formats and compiled; and what other peers take from it."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from typing import Any
 import numpy as np
 
 from fastconv.errors import UnsupportedError
+from fastconv.plan import CHANNELS_LAST, CONTIGUOUS
 
-from .contenders import Prepared, as_array
+from .contenders import Prepared, Settings, as_array, inputs
 from .problems import Problem
 
 
 def module_of(problem: Problem) -> Any:
-    """The problem in PyTorch, in eval mode: convolutions with their activations, or the network."""
+    """The problem in PyTorch, in eval mode: convolutions with activations, or the network."""
     from torch import nn
 
     if problem.model is not None:
         return problem.model
-    kinds = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+    kinds: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
     activations = {
         "relu": nn.ReLU,
         "silu": nn.SiLU,
@@ -29,14 +30,14 @@ def module_of(problem: Problem) -> Any:
     }
     modules: list[Any] = []
     for stage, w, bias in zip(problem.stages, problem.weights, problem.biases, strict=True):
-        if any(a != b for a, b in stage.padding):
-            raise UnsupportedError("a module pads both sides alike")
+        if any(before != after for before, after in stage.padding):
+            raise UnsupportedError("a PyTorch module pads both sides alike")
         conv = kinds[stage.n](
             stage.in_channels,
             stage.out_channels,
             stage.kernel,
             stage.stride,
-            tuple(a for a, _ in stage.padding),
+            tuple(before for before, _ in stage.padding),
             stage.dilation,
             stage.groups,
             bias is not None,
@@ -49,6 +50,7 @@ def module_of(problem: Problem) -> Any:
 
 
 def set_weights(conv: Any, w: np.ndarray, bias: np.ndarray | None) -> None:
+    """Give a convolution module these values."""
     import torch
 
     conv.weight = torch.nn.Parameter(torch.from_numpy(w.copy()), requires_grad=False)
@@ -57,7 +59,7 @@ def set_weights(conv: Any, w: np.ndarray, bias: np.ndarray | None) -> None:
 
 
 def window(problem: Problem) -> np.ndarray:
-    """The input of one call: for streams the window whose convolution gives the newest column."""
+    """The input of one call: of a stream, the window whose convolution is the newest column."""
     if problem.case.kind != "streams":
         return problem.x
     return np.ascontiguousarray(np.moveaxis(problem.x[2:], 0, 2))
@@ -68,47 +70,63 @@ def newest(problem: Problem, y: np.ndarray) -> np.ndarray:
     return y[:, :, 0] if problem.case.kind == "streams" else y
 
 
-def plain(channels_last: bool) -> Callable[[Problem, int], Prepared]:
-    """PyTorch as it is; of a stream it convolves the whole window again."""
+def plain(channels_last: bool, tf32: bool = False) -> Callable[[Problem, Settings], Prepared]:
+    """PyTorch as it is; of a stream it convolves the whole window again.
 
-    def prepare(problem: Problem, threads: int) -> Prepared:
-        module, x = _inputs(problem, channels_last)
-        return _prepared(problem, module, x)
+    tf32: whether float32 operands may be rounded to TF32 on a GPU
+    """
+
+    def prepare(problem: Problem, settings: Settings) -> Prepared:
+        if tf32 and problem.case.dtype != "float32":
+            raise UnsupportedError("TF32 is for float32")
+        module, xs = _made(problem, settings, channels_last)
+        return _prepared(problem, settings, module, xs, tf32)
 
     return prepare
 
 
-def compiled(problem: Problem, threads: int) -> Prepared:
+def compiled(problem: Problem, settings: Settings) -> Prepared:
     """torch.compile with weights frozen into the graph, activations channels last."""
     import torch
     import torch._dynamo
     import torch._inductor.config as inductor
 
-    module, x = _inputs(problem, channels_last=True)
-    torch._dynamo.reset()  # each case is a new model, not a recompilation of the last
+    module, xs = _made(problem, settings, channels_last=True)
+    # Each case is a new model, not a recompilation of the last.
+    torch._dynamo.reset()  # type: ignore[no-untyped-call]
     fast = torch.compile(module)
     with torch.inference_mode(), inductor.patch(freezing=True):
-        fast(x)
-    return _prepared(problem, fast, x)
+        fast(next(xs))
+    return _prepared(problem, settings, fast, xs)
 
 
-def _inputs(problem: Problem, channels_last: bool) -> tuple[Any, Any]:
+def _made(problem: Problem, settings: Settings, channels_last: bool) -> tuple[Any, Any]:
     import torch
 
-    module, x = copy.deepcopy(module_of(problem)), torch.from_numpy(window(problem))
+    x, dtype = window(problem), problem.case.dtype
+    if channels_last and x.ndim != 5:
+        raise UnsupportedError("channels_last_3d is for three axes")
+    module = copy.deepcopy(module_of(problem)).to(settings.device, getattr(torch, dtype))
     if channels_last:
-        if x.dim() != 5:
-            raise UnsupportedError("channels_last_3d is for three axes")
         module = module.to(memory_format=torch.channels_last_3d)
-        x = x.contiguous(memory_format=torch.channels_last_3d)
-    return module, x
+    layout = CHANNELS_LAST if channels_last else CONTIGUOUS
+    return module, inputs(x, layout, dtype, settings)
 
 
-def _prepared(problem: Problem, module: Any, x: Any) -> Prepared:
+def _prepared(
+    problem: Problem, settings: Settings, module: Any, xs: Any, tf32: bool = False
+) -> Prepared:
     import torch
 
     def call() -> Any:
         with torch.inference_mode():
-            return module(x)
+            return module(next(xs))
 
-    return Prepared(call, lambda: newest(problem, as_array(call())))
+    def on_gpu() -> Any:
+        # cuDNN and cuBLAS read these when they are called; the next contender may want the other.
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
+        return call()
+
+    run = call if settings.device == "cpu" else on_gpu
+    precision = "tf32" if tf32 else problem.case.dtype
+    return Prepared(run, lambda: newest(problem, as_array(run())), precision)

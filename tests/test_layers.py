@@ -31,7 +31,8 @@ LAYERS = (
     ("cli",),
     ("__main__",),
 )
-FOLDERS = {"numba_kernels", "c_kernels", "torch_kernels", "triton_kernels", "reference", "nn", "bench"}
+KERNELS = {"numba_kernels", "c_kernels", "torch_kernels", "triton_kernels", "reference"}
+FOLDERS = {*KERNELS, "nn", "bench"}
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 # The exceptions, each with its reason; none may run while the module is loaded.

@@ -1,0 +1,96 @@
+"""The README's table, written from the committed results and never by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import median
+
+from fastconv.errors import UnsupportedError
+
+from . import results
+from .baselines import PEERS
+from .cases import TABLE
+from .report import not_quiet, time_of
+from .results import OURS, Document, Row
+
+BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
+TITLES = {
+    "layers": "layer (channels, TxHxW)",
+    "blocks": "block",
+    "networks": "network",
+    "streams": "one frame of a stream (window)",
+}
+
+
+def write(root: Path | None = None) -> Path:
+    """Replace what stands between the markers of README.md; returns its path.
+
+    Raises UnsupportedError outside a checkout, without results and without markers.
+    """
+    root = root or Path(__file__).resolve().parent.parent
+    readme, folder = root / "README.md", root / "bench" / "results"
+    if not readme.is_file() or not folder.is_dir():
+        raise UnsupportedError("bench: readme needs a checkout with README.md and bench/results")
+    files = sorted(folder.glob("*.json"))
+    if not files:
+        raise UnsupportedError("bench: no results in bench/results; `bench all --json` makes some")
+    text = readme.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(END) < text.index(BEGIN):
+        raise UnsupportedError(f"bench: README.md needs {BEGIN} and then {END}, each once")
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    sections = "\n\n".join(section(results.read(file)) for file in files)
+    readme.write_text(f"{before}{BEGIN}\n{sections}\n{END}{after}", encoding="utf-8")
+    return readme
+
+
+def section(document: Document) -> str:
+    """One machine: what it is, a table, and in words what the table leaves out."""
+    m, s = document.machine, document.settings
+    versions = [f"{name} {m['versions'][name]}" for name in _named(m["versions"])]
+    busy = " **The machine was not quiet.**" if not_quiet(document) else ""
+    lines = [
+        f"{m.get('gpu') or m['cpu']}, {s['threads']} threads, float32, batch 1, {m['date'][:10]}, "
+        f"commit {m['commit'] or 'unknown'}; {', '.join(versions)}. Milliseconds, medians by turns "
+        "in one process; the best peer computes in float32 too. The error is the largest, relative "
+        f"to the largest output, against float64.{busy}"
+    ]
+    for kind, title in TITLES.items():
+        rows = [r for r in document.cases() if r[0]["kind"] == kind and r[0]["source"] == TABLE]
+        shown = [_line(group) for group in rows if group[0]["status"] == "ok"]
+        if shown:
+            lines += [
+                "",
+                f"| {title} | ours | best peer | ratio | error |",
+                "|---|---|---|---|---|",
+            ]
+            lines += shown
+        absent = [group[0]["name"] for group in rows if group[0]["status"] != "ok"]
+        if absent:
+            lines += ["", f"Not measured: {', '.join(absent)}."]
+    others = [
+        r[0]["ratio"] for r in document.cases() if r[0]["source"] != TABLE and r[0].get("ratio")
+    ]
+    if others:
+        slower = sum(ratio < 1 for ratio in others)
+        lines += [
+            "",
+            f"{len(others)} further layers of the networks: ratio {median(others):.2f} in the "
+            f"middle, {min(others):.2f} to {max(others):.2f}; {slower} are slower than the best "
+            "peer.",
+        ]
+    return "\n".join(lines)
+
+
+def _named(versions: dict[str, str]) -> list[str]:
+    return [name for name in ("torch", "openvino", "onnxruntime", "numba") if name in versions]
+
+
+def _line(group: list[Row]) -> str:
+    own = next(row for row in group if row["who"] == OURS)
+    peer, ratio = "none", ""
+    if own.get("ratio"):
+        best = next(row for row in group if row["who"] == own["best_peer"])
+        peer = f"{time_of(best)} {PEERS[best['who']].title}"
+        ratio = f"{own['ratio']:.2f}"
+    return f"| {own['name']} | {time_of(own)} | {peer} | {ratio} | {own['error_max']:.0e} |"
