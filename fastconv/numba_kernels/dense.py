@@ -136,7 +136,7 @@ def gather_product(
         code.store(total, sums, n * code.lanes)
 
 
-# What `_parameters` puts where: addresses of the call, then what is known before it.
+# What `_prepared` puts where: addresses of the call, then what is known before it.
 (
     X, Y, BIAS, RESIDUAL, SCRATCH, PANELS, ACTIVATION, THREAD_STEP, TABLE, SUMS,
     T, H, W, C, PIXELS, OT, OH, OW, K, DEPTH, GROUP, KT, KH, KW, ST, SH, SW,

@@ -93,7 +93,7 @@ def expect_pixels(
     code.loop(last - first, pixel)
 
 
-# What `_prepared` puts where: addresses of the call, then what is known before it.
+# What `strips._prepared` puts where: addresses of the call, then what is known before it.
 (
     X, Y, RESIDUAL, SCRATCH, BIAS, WEIGHTS, ACTIVATION, THREAD_STEP, SUMS, TILE, TABLE,
     T, H, W, C, OT, OH, OW, K, ST, SH, SW, PAD_T, PAD_H, PAD_W, KT, DT, GROUPS,
