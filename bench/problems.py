@@ -67,10 +67,8 @@ class Problem:
         if got.shape != self.want.shape or not np.isfinite(got).all():
             return float("inf"), float("inf")
         off = got.astype(np.float64) - self.want
-        return (
-            float(np.abs(off).max() / np.abs(self.want).max()),
-            float(np.sqrt(np.mean(off**2)) / np.sqrt(np.mean(self.want**2))),
-        )
+        largest, rms = np.abs(self.want).max(), np.sqrt(np.mean(self.want**2))
+        return float(np.abs(off).max() / largest), float(np.sqrt(np.mean(off**2)) / rms)
 
     def allowed_rms(self, precision: str, factor: float = 1.0) -> float:
         """The largest relative rms error of a right answer.

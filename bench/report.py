@@ -8,6 +8,7 @@ from .baselines import PEERS
 from .results import OURS, Document, Row, key
 
 CHANGED = 0.05  # smaller changes are not worth a line, however quiet the machine
+ABOVE_ROOF = 1.05
 COLUMNS = ("ratio", "bar", "goal", "case", OURS)
 LEFT = ("case", "ran")
 
@@ -113,6 +114,12 @@ def reasons(document: Document) -> list[str]:
     for (who, precision), largest in errors.items():
         error = f"largest error {max(largest):.1e} of the largest output"
         lines.append(f"{who} computes in {precision}, {error}: not counted in the ratio")
+    above = [row["name"] for row in document.rows if (row.get("roof_fraction") or 0) > ABOVE_ROOF]
+    if above:
+        lines.append(
+            f"above its roof: {len(above)} cases, e.g. {above[0]}: the roofs were measured while "
+            "the machine was busy, or the data stayed in caches"
+        )
     if any(row.get("noisy") for row in document.rows):
         lines.append(
             "~ noisy: fewer than 3 calls, or the 80 % quantile above 1.25 times the 20 % quantile"

@@ -17,7 +17,8 @@ from .contenders import Settings
 # Bytes moved by one copy, half read, half written: 256 KB to 128 MB; a GPU has larger memories.
 SIZES = tuple(1 << power for power in range(18, 28))
 CUDA_SIZES = tuple(1 << power for power in range(20, 31, 2))
-REPEATS, BUDGET_S = 300, 0.4  # of each measurement; a roof is the best of them
+# Of each measurement; a roof is the best of them. A quiet machine needs much less.
+REPEATS, BUDGET_S = 300, 1.0
 
 
 @dataclass(frozen=True)

@@ -93,9 +93,9 @@ def compiled(problem: Problem, settings: Settings) -> Prepared:
 
     module, xs = _made(problem, settings, channels_last=True)
     # Each case is a new model, not a recompilation of the last.
-    torch._dynamo.reset()  # type: ignore[no-untyped-call]
+    torch._dynamo.reset()
     fast = torch.compile(module)
-    with torch.inference_mode(), inductor.patch(freezing=True):
+    with torch.inference_mode(), inductor.patch(freezing=True):  # type: ignore[no-untyped-call]
         fast(next(xs))
     return _prepared(problem, settings, fast, xs)
 

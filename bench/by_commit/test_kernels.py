@@ -8,10 +8,13 @@ Inputs and checks are those of `python -m fastconv bench`; here only our kernels
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from fastconv import backends
 from fastconv.bench import cases, machine, ours, problems, run
+from fastconv.bench.cases import Case
 from fastconv.bench.contenders import Settings
 from fastconv.errors import BackendError, UnsupportedError
 
@@ -22,7 +25,7 @@ CASES = [case for case in cases.table() if case.kind != "networks"]
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.kind}: {case.name}")
-def test_kernel(benchmark, case, backend):
+def test_kernel(benchmark: Any, case: Case, backend: str) -> None:
     run.set_threads(machine.cpus())
     problem = problems.make(case)
     try:
