@@ -37,17 +37,19 @@ def panel_vectors(columns: int, dtype: str) -> int:
     return min(order, key=lambda v: (-(-needed // v) * v, order.index(v)))
 
 
-def pack_panels(b: np.ndarray, vectors: int) -> np.ndarray:
-    """b (..., depth, columns) -> (..., panels, depth, vectors * lanes), zeros behind the last.
+def panel_memory(*shape: int, dtype: str) -> np.ndarray:
+    """Zeros (..., depth, vectors * lanes) for panels, with memory for one more behind the last:
+    products ask for the panel behind the one they use."""
+    memory = np.zeros(prod(shape) + prod(shape[-2:]), dtype)
+    return memory[: prod(shape)].reshape(shape)
 
-    Products ask for the panel behind the one they use, so there is memory behind the last as well.
-    """
+
+def pack_panels(b: np.ndarray, vectors: int) -> np.ndarray:
+    """b (..., depth, columns) -> (..., panels, depth, vectors * lanes), zeros behind the last."""
     *outer, depth, columns = b.shape
     width = vectors * vector_width(str(b.dtype))
-    count = -(-columns // width)
-    memory = np.zeros((prod(outer) * count + 1) * depth * width, b.dtype)
-    panels = memory[: -depth * width].reshape(*outer, count, depth, width)
-    for panel in range(count):
+    panels = panel_memory(*outer, -(-columns // width), depth, width, dtype=str(b.dtype))
+    for panel in range(panels.shape[-3]):
         part = b[..., panel * width : (panel + 1) * width]
         panels[..., panel, :, : part.shape[-1]] = part
     return panels

@@ -20,7 +20,7 @@ from ..geometry import Geometry
 from ..plan import Plan
 from ..transforms import apply_along, transform
 from . import winograd_stages as stages
-from .gemm import block_rows, epilogue_words, pack_panels, panel_vectors
+from .gemm import block_rows, epilogue_words, panel_memory, panel_vectors
 from .layout import Views, channels_last_views, pieces, pieces_size, views_size
 from .simd import Kernel, address, kernel, parallel_for, threads, vector_width
 from .tiles import spec_of
@@ -95,21 +95,24 @@ class _Schedule:
             self.tiles = -(-self.total // max(rounds, 1))
         else:
             most = min(max(_BLOCK_BYTES // tile_bytes, _FEW_TILES), _MANY_TILES)
-            self.tiles = plan.options.get("tiles", self._tiles(most, cores))
+            self.tiles = plan.options.get(
+                "tiles", self._tiles(most, cores, u_bytes > _LARGE_U_BYTES)
+            )
         # A register more between points, so that they do not fall on the same cache set.
         self.v_point = self.tiles * self.depth + lanes
         self.m_point = self.tiles * self.width + lanes
         self.scratch = self.points * (self.v_point + m_panels * self.m_point)
 
-    def _tiles(self, most: int, cores: int) -> int:
+    def _tiles(self, most: int, cores: int, large: bool) -> int:
         """Tiles per fused block, at most `most`, that keep all cores busy and row blocks full."""
         rows = block_rows(self.vectors)
+        streaming = _FEW_TILES if large else 4  # tiles multiplied in the time that U streams by
 
         def duration(tiles: int) -> int:
             blocks = -(-self.total // tiles)
             full, rest = divmod(tiles, rows)
             products = full * rows + min(rows, rest + 2 * (rest > 0))
-            return -(-blocks // cores) * (products + 2)  # 2: per block, for U and the calls
+            return -(-blocks // cores) * (max(products, streaming) + 2)  # 2: calls and tails
 
         return min(range(1, most + 1), key=lambda tiles: (duration(tiles), tiles))
 
@@ -141,16 +144,12 @@ class Packed:
 
 def prepack(weights: np.ndarray, plan: Plan) -> Packed:
     """U = G g along every axis, computed in float64 and rounded once; and the compiled stages."""
-    schedule = _Schedule(plan)
-    u = np.asarray(weights, np.float64).reshape(plan.geometry.lifted().w_shape)
-    u = u.transpose(1, 0, *(2 + axis for axis in schedule.order))  # (C, K, *permuted kernel)
-    for axis, t in enumerate(schedule.transforms, 2):
-        u = apply_along(t.filter_program, u, axis)
-    u = u.reshape(*u.shape[:2], -1).transpose(2, 0, 1).astype(plan.dtype)  # (points, C, K)
-    width = schedule.width
-    split = [u[..., start : start + width] for start in range(0, u.shape[2], width)]
-    split[-1] = np.pad(split[-1], ((0, 0), (0, 0), (0, width - split[-1].shape[2])))
-    u = pack_panels(np.stack(split), schedule.vectors)[:, :, 0]  # (panels, points, C, width)
+    schedule, channels = _Schedule(plan), plan.geometry.in_channels
+    u = panel_memory(schedule.panels, schedule.points, channels, schedule.width, dtype=plan.dtype)
+    w = np.reshape(weights, plan.geometry.lifted().w_shape)
+    for panel in range(schedule.panels):
+        part = w[panel * schedule.width : (panel + 1) * schedule.width]
+        u[panel, :, :, : part.shape[0]] = _transformed(part, schedule)
     spec, vectors = spec_of(schedule.transforms), schedule.vectors
     words, rows = epilogue_words(plan.epilogue), block_rows(vectors)
     return Packed(
@@ -162,6 +161,14 @@ def prepack(weights: np.ndarray, plan: Plan) -> Packed:
         kernel(stages.fused_kernel),
         tuple(_fixed_params(plan, schedule)),
     )
+
+
+def _transformed(w: np.ndarray, schedule: _Schedule) -> np.ndarray:
+    """w (K, C, T, H, W) -> U (points, C, K) in float64."""
+    u = w.astype(np.float64).transpose(1, 0, *(2 + axis for axis in schedule.order))
+    for axis, t in enumerate(schedule.transforms, 2):
+        u = apply_along(t.filter_program, u, axis)
+    return u.reshape(*u.shape[:2], -1).transpose(2, 0, 1)
 
 
 def run(plan, x, packed, bias, residual, y, workspace) -> None:
