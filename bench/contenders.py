@@ -77,6 +77,23 @@ def sets(first: Any, settings: Settings) -> int:
     return max(1, min(MOST_SETS, -(-2 * cache // max(1, first.numel() * first.element_size()))))
 
 
+def in_place(call: Callable[[], Any], settings: Settings, tf32: bool = False) -> Callable[[], Any]:
+    """The call as it should run on the settings' device.
+
+    On a GPU, whether float32 operands may be rounded to TF32 is a global flag that cuDNN and cuBLAS
+    read when they are called, and the contender before may have left it otherwise.
+    """
+    if settings.device == "cpu":
+        return call
+    import torch
+
+    def on_gpu() -> Any:
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
+        return call()
+
+    return on_gpu
+
+
 def as_array(result: Any) -> np.ndarray:
     """A NumPy array of an array or tensor, float32 at least."""
     if isinstance(result, np.ndarray):

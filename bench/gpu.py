@@ -29,7 +29,7 @@ def main(args: argparse.Namespace) -> int:
     path = results.target(str(folder / f"{machine.kind('cuda')}.json"), "")
     chosen = cases.select(cases.KINDS, traced=False, dtypes=cases.DTYPES)
     settings = Settings(args.threads or machine.cpus(), device="cuda", budget_s=2.0)
-    run.set_threads(settings.threads)
+    run.set_up(settings)
     wrong = check(chosen, settings, folder / "checks.json")
     document = Document(machine.facts("cuda"), run.described(settings, Choice()), path=path)
     peers = baselines.select("all", "cuda")

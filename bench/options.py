@@ -29,6 +29,9 @@ def add(commands: Any) -> None:
     show.add_argument("file", metavar="FILE.json")
     show.add_argument("--plot", metavar="DIR", help="write PNG plots into this folder")
     show.set_defaults(command=_show)
+    rates = kinds.add_parser("rates", help="what each family reached in a file, per thread")
+    rates.add_argument("file", metavar="FILE.json")
+    rates.set_defaults(command=_rates)
     readme = kinds.add_parser("readme", help="write the table of bench/results into README.md")
     readme.set_defaults(command=_readme)
     listing = kinds.add_parser("list", help="the cases, and the peers with what is missing")
@@ -92,6 +95,13 @@ def _show(args: argparse.Namespace) -> int:
 
         run.require_plots(args.plot)
         print("\n".join(f"wrote {path}" for path in plots.write(document, args.plot)))
+    return 0
+
+
+def _rates(args: argparse.Namespace) -> int:
+    from . import report, results
+
+    print("\n".join(report.rates(results.read(args.file))))
     return 0
 
 

@@ -13,7 +13,7 @@ from fastconv import backends, ops, planner
 from fastconv.geometry import Geometry
 from fastconv.plan import CHANNELS_LAST, CONTIGUOUS, Plan
 
-from .contenders import Prepared, Settings, as_array, inputs, tensor
+from .contenders import Prepared, Settings, as_array, in_place, inputs, tensor
 from .problems import Problem
 
 
@@ -77,7 +77,8 @@ def _layer(problem: Problem, choice: Choice, settings: Settings) -> Prepared:
             return ops.execute(plan, x, packed, bias, None)
 
     factor = max(1.0, planner.error_factor(plan))
-    return Prepared(call, lambda: as_array(call()), plan.dtype, _algorithm(plan), (plan,), factor)
+    run = in_place(call, settings)
+    return Prepared(run, lambda: as_array(run()), plan.dtype, _algorithm(plan), (plan,), factor)
 
 
 def _algorithm(plan: Plan) -> str:
@@ -118,7 +119,8 @@ def _stream(problem: Problem, choice: Choice, settings: Settings) -> Prepared:
         return as_array([step(frame, state) for frame in frames][-1])
 
     state = fresh()
-    return Prepared(lambda: step(frames[0], state), output, plan.dtype, _algorithm(plan), (plan,))
+    call = in_place(lambda: step(frames[0], state), settings)
+    return Prepared(call, output, plan.dtype, _algorithm(plan), (plan,))
 
 
 def _network(problem: Problem, choice: Choice, settings: Settings) -> Prepared:
@@ -140,8 +142,8 @@ def _network(problem: Problem, choice: Choice, settings: Settings) -> Prepared:
         with torch.inference_mode():
             return model(next(xs))
 
-    name, factor = f"{used} accelerate", report.error_factor
-    return Prepared(call, lambda: as_array(call()), dtype, name, plans, factor)
+    run, name = in_place(call, settings), f"{used} accelerate"
+    return Prepared(run, lambda: as_array(run()), dtype, name, plans, report.error_factor)
 
 
 def empty(shape: tuple[int, ...], layout: str) -> np.ndarray:

@@ -157,6 +157,26 @@ def comparison(before: Document, after: Document) -> list[str]:
     return lines
 
 
+def rates(document: Document) -> list[str]:
+    """What the planner's cost model wants: multiplications and bytes per nanosecond and thread.
+
+    Of rows under the roof that decides: the median, and the best.
+    """
+    threads = document.settings["threads"]
+    found: dict[tuple[str, ...], list[float]] = {}
+    for row in document.rows:
+        if row["who"] == OURS and row["status"] == "ok" and row["kind"] != "networks":
+            amount = row["multiplications"] if row["roof"] == "compute" else row["bytes"]
+            per_ns = 1e-6 * amount / row["median_ms"] / threads
+            what = "multiplications" if row["roof"] == "compute" else "bytes"
+            found.setdefault((*row["algorithm"].split()[:2], what), []).append(per_ns)
+    return [
+        f"{backend:<8} {family:<10} {what:<16} median {median(values):6.1f}  "
+        f"best {max(values):6.1f}  per ns and thread, of {len(values)}"
+        for (backend, family, what), values in sorted(found.items())
+    ]
+
+
 def _change(old: Row, new: Row) -> tuple[float, str] | None:
     apart = new["q20_ms"] > old["q80_ms"] or new["q80_ms"] < old["q20_ms"]
     factor = old["median_ms"] / new["median_ms"]

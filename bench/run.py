@@ -30,7 +30,7 @@ def main(args: argparse.Namespace) -> int:
     path = results.target(args.json, machine.kind(args.device)) if args.json else None
     if args.plot:
         require_plots(args.plot)
-    set_threads(settings.threads)
+    set_up(settings)
     document = Document(machine.facts(args.device), described(settings, choice), path=path)
     code = execute(document, chosen, peers, choice, settings, args.limit)
     if args.plot and document.rows:
@@ -117,8 +117,9 @@ def require_plots(folder: str) -> None:
         raise UnsupportedError(message) from error
 
 
-def set_threads(threads: int) -> None:
-    """As many threads in every library that can be told here; others are told as they prepare."""
+def set_up(settings: Settings) -> None:
+    """Tell every library how many threads to use; some are told as they prepare. cuDNN may try."""
+    threads = settings.threads
     if backends.available()["numba"] is None:
         import numba
 
@@ -127,6 +128,7 @@ def set_threads(threads: int) -> None:
         import torch
 
         torch.set_num_threads(threads)
+        torch.backends.cudnn.benchmark = settings.device == "cuda"
 
 
 def progress(chosen: Sequence[Case]) -> Iterator[Case]:

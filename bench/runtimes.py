@@ -13,7 +13,7 @@ import numpy as np
 
 from fastconv.errors import UnsupportedError
 
-from .contenders import Prepared, Settings, as_array
+from .contenders import Prepared, Settings, as_array, in_place
 from .problems import Problem
 from .torch_peers import module_of, newest, set_weights, window
 
@@ -118,7 +118,9 @@ def continual(problem: Problem, settings: Settings) -> Prepared:
             return layer.forward_step(frames[0])
 
     warm(layer)
-    return Prepared(call, lambda: as_array(warm(counted)))
+    return Prepared(
+        in_place(call, settings), lambda: as_array(in_place(lambda: warm(counted), settings)())
+    )
 
 
 def _float32(problem: Problem) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from fastconv.errors import UnsupportedError
 from fastconv.plan import CHANNELS_LAST, CONTIGUOUS
 
-from .contenders import Prepared, Settings, as_array, inputs
+from .contenders import Prepared, Settings, as_array, in_place, inputs
 from .problems import Problem
 
 
@@ -95,8 +95,8 @@ def compiled(problem: Problem, settings: Settings) -> Prepared:
     # Each case is a new model, not a recompilation of the last.
     torch._dynamo.reset()
     fast = torch.compile(module)
-    with torch.inference_mode(), inductor.patch(freezing=True):  # type: ignore[no-untyped-call]
-        fast(next(xs))
+    with torch.inference_mode(), inductor.patch(freezing=True):
+        fast(next(xs))  # type: ignore[no-untyped-call]
     return _prepared(problem, settings, fast, xs)
 
 
@@ -122,11 +122,6 @@ def _prepared(
         with torch.inference_mode():
             return module(next(xs))
 
-    def on_gpu() -> Any:
-        # cuDNN and cuBLAS read these when they are called; the next contender may want the other.
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
-        return call()
-
-    run = call if settings.device == "cpu" else on_gpu
+    run = in_place(call, settings, tf32)
     precision = "tf32" if tf32 else problem.case.dtype
     return Prepared(run, lambda: newest(problem, as_array(run())), precision)

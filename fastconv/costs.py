@@ -1,7 +1,7 @@
 """What a plan should cost: a model with measured constants, used only to rank candidates.
 
 Time is the longer of computing (element-wise multiplications, plus transform operations) and moving
-memory, plus the cost of a call. Rates are per thread of an AVX-512 server CPU (`bench/calibrate.py`
+memory, plus the cost of a call. Rates are per thread of an AVX-512 server CPU (`bench rates`
 measures them); on other CPUs all of them shrink together and the ranking holds.
 """
 

@@ -26,10 +26,11 @@ CASES = [case for case in cases.table() if case.kind != "networks"]
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.kind}: {case.name}")
 def test_kernel(benchmark: Any, case: Case, backend: str) -> None:
-    run.set_threads(machine.cpus())
+    settings = Settings(machine.cpus())
+    run.set_up(settings)
     problem = problems.make(case)
     try:
-        prepared = ours.prepare(problem, ours.Choice(backend), Settings(machine.cpus()))
+        prepared = ours.prepare(problem, ours.Choice(backend), settings)
     except (BackendError, UnsupportedError) as error:
         pytest.skip(str(error))
     _, error_rms = problem.errors(prepared.output())
