@@ -14,9 +14,11 @@ from math import prod
 import numpy as np
 from numba import njit
 
+from ..epilogue import ACTIVATIONS
 from ..geometry import Geometry
 from ..plan import Plan
-from .finish import activation_number, finish_rows
+from .emit import LINE_BYTES
+from .finish import activation_number, bias_vectors, write_rows
 from .gemm import block_rows, pack_panels, panel_vectors
 from .layout import Views
 from .memory import clear, int_at, poke
@@ -89,28 +91,66 @@ def scratch_size(plan: Plan) -> int:
 
 
 @block
-def gather_product(
-    code: Code,
-    dtype: str,
-    rows: int,
-    vectors: int,
-    table: Int,
-    table_stride: Int,
-    taps: Int,
-    shift: Int,
-    depth: Int,
-    panel: Int,
-    sums: Int,
-    y: Int,
-    y_stride: Int,
-) -> None:
-    """sums (rows, vectors * lanes) = sum over taps of the inputs under the table times the panel.
+def dense_tile(
+    code: Code, dtype: str, rows: int, vectors: int,
+    table: Int, table_stride: Int, taps: Int, shift: Int, depth: Int, panel: Int,
+    ahead: Int, ahead_step: Int, sums: Int,
+    count: Int, y: Int, y_stride: Int, columns: Int, bias: Int, residual: Int, activation: Int,
+) -> None:  # fmt: skip
+    """y (count, columns) = activation(inputs under the table @ panel + bias + residual).
 
     table (taps, table_stride) int64: addresses of inputs, `rows` valid per tap
     shift: elements from there to the group's first channel;  depth: channels per group
     panel (taps * depth, vectors * lanes)
-    y, y_stride: where the rows go afterwards; their cache lines are asked for now
+    ahead, ahead_step: memory to ask for meanwhile, elements from channel to channel
+    sums (rows, vectors * lanes): scratch
+    The rest as in `finish_rows`; at most `rows` are written.
     """
+    lanes = code.lanes
+    for i in range(rows):
+        for j in range(vectors):
+            code.prefetch(y, i * y_stride + j * lanes, write=True)
+    first = bias_vectors(code, vectors, bias, columns, panel)
+    totals = _product(
+        code, rows, first, table, table_stride, taps, shift, depth, panel, ahead, ahead_step
+    )
+
+    # No activation and relu end in registers: a lower bound, -Inf or 0, that NaN passes.
+    simple = code.both(count >= rows, activation <= ACTIVATIONS.index("relu"))
+    with code.builder.if_else(simple) as (yes, no):
+        with yes:
+            relu = activation.is_(ACTIVATIONS.index("relu"))
+            bound = code.zero().like(
+                code.builder.select(relu, code.zero().value, code.splat(float("-inf")).value)
+            )
+            masks = [code.first(columns - j * lanes) for j in range(vectors)]
+
+            def end(add: bool) -> None:
+                for n, z in enumerate(totals):
+                    i, j = divmod(n, vectors)
+                    at = y_stride * i + j * lanes
+                    if add:
+                        z = z + code.load(residual, at, masks[j])
+                    code.store(bound.where(z < bound, z), y, at, masks[j])
+
+            with code.builder.if_else(residual.is_(0)) as (alone, added):
+                with alone:
+                    end(add=False)
+                with added:
+                    end(add=True)
+        with no:
+            for n, total in enumerate(totals):
+                code.store(total, sums, n * lanes)
+            none = code.int(0)
+            write_rows(code, vectors, sums, count, y, y_stride, columns, none, residual, activation)
+
+
+def _product(
+    code: Code, rows: int, first: list[Vec], table: Int, table_stride: Int, taps: Int, shift: Int,
+    depth: Int, panel: Int, ahead: Int, ahead_step: Int,
+) -> list[Vec]:  # fmt: skip
+    """`first` in every row, plus the sums over taps and channels, row by row."""
+    vectors = len(first)
     width = vectors * code.lanes
 
     def tap(t: Int, sums: list[Vec]) -> list[Vec]:
@@ -119,6 +159,7 @@ def gather_product(
         under = panel + t * depth * (width * code.item)
 
         def channel(c: Int, sums: list[Vec]) -> list[Vec]:
+            code.prefetch(ahead, c * ahead_step)
             w = [code.load(under, c * width + j * code.lanes) for j in range(vectors)]
             following = []
             for i in range(rows):
@@ -128,12 +169,7 @@ def gather_product(
 
         return code.loop(depth, channel, sums)
 
-    for i in range(rows):
-        for j in range(vectors):
-            code.prefetch(y, i * y_stride + j * code.lanes, write=True)
-    totals = code.loop(taps, tap, [code.zero()] * (rows * vectors))
-    for n, total in enumerate(totals):
-        code.store(total, sums, n * code.lanes)
+    return code.loop(taps, tap, first * rows)
 
 
 # What `_prepared` puts where: addresses of the call, then what is known before it.
@@ -141,7 +177,8 @@ def gather_product(
     X, Y, BIAS, RESIDUAL, SCRATCH, PANELS, ACTIVATION, THREAD_STEP, TABLE, SUMS,
     T, H, W, C, PIXELS, OT, OH, OW, K, DEPTH, GROUP, KT, KH, KW, ST, SH, SW,
     PAD_T, PAD_H, PAD_W, DT, DH, DW, SIZE, BLOCKS, SHARE, PANELS_PER_GROUP, PANEL_COUNT,
-) = range(38)  # fmt: skip
+    AHEAD_STEP,
+) = range(39)  # fmt: skip
 
 
 @njit(error_model="numpy")
@@ -189,7 +226,7 @@ def _dense_kernel(DTYPE, ITEM, ROWS, VECTORS, WIDTH):
         size, blocks, share = peek(params, SIZE), peek(params, BLOCKS), peek(params, SHARE)
         taps = peek(params, KT) * peek(params, KH) * peek(params, KW)
         depth, k, group = peek(params, DEPTH), peek(params, K), peek(params, GROUP)
-        bias, residual = peek(params, BIAS), peek(params, RESIDUAL)
+        x, bias, residual = peek(params, X), peek(params, BIAS), peek(params, RESIDUAL)
 
         clear(DTYPE, zeros, peek(params, C))
         first = item % blocks * size
@@ -206,16 +243,14 @@ def _dense_kernel(DTYPE, ITEM, ROWS, VECTORS, WIDTH):
             channel = g * group + column
             for p in range(0, last - first, ROWS):
                 at = ((first + p) * k + channel) * ITEM
-                gather_product(
-                    DTYPE, ROWS, VECTORS,
-                    table + p * 8, size, taps, g * depth, depth,
-                    peek(params, PANELS) + n * taps * depth * WIDTH * ITEM, sums,
-                    peek(params, Y) + at, k,
-                )  # fmt: skip
-                finish_rows(
-                    DTYPE, VECTORS, sums, min(ROWS, last - first - p), peek(params, Y) + at, k,
-                    min(group - column, WIDTH), bias + channel * ITEM * (bias != 0),
-                    residual + at * (residual != 0), peek(params, ACTIVATION),
+                ahead = x + ((first + p + ROWS) * peek(params, C) + g * depth) * ITEM
+                dense_tile(
+                    DTYPE, ROWS, VECTORS, table + p * 8, size, taps, g * depth, depth,
+                    peek(params, PANELS) + n * taps * depth * WIDTH * ITEM,
+                    ahead, peek(params, AHEAD_STEP), sums,
+                    last - first - p, peek(params, Y) + at, k, min(group - column, WIDTH),
+                    bias + channel * ITEM * (bias != 0), residual + at * (residual != 0),
+                    peek(params, ACTIVATION),
                 )  # fmt: skip
 
     return kernel
@@ -243,12 +278,15 @@ def _prepared(plan: Plan, workers: int) -> tuple[Kernel, tuple[int, ...], int]:
     pixels, panels = g.batch * prod(g.out_size), g.groups * per_group
     size, blocks, share = _split(pixels, rows, panels, workers)
     zeros, table, sums = _sizes(plan)
+    # Pixels of a 1 x 1 x 1 kernel that come next lie behind; a line for every channel suffices.
+    ahead_step = LINE_BYTES // item if g.taps == 1 else 0
     known = (
         activation_number(plan.epilogue),
         (zeros + table + sums) * item, zeros * item, (zeros + table) * item,
         *g.in_size, g.in_channels, pixels, *g.out_size, g.out_channels,
         g.in_channels // g.groups, group, *g.kernel, *g.stride,
         *(before for before, _ in g.padding), *g.dilation, size, blocks, share, per_group, panels,
+        ahead_step,
     )  # fmt: skip
     compiled = kernel(_dense_kernel, plan.dtype, item, rows, vectors, width)
     return compiled, known, blocks * -(-panels // share)

@@ -32,17 +32,28 @@ def finish_rows(
     columns: valid ones; nothing else of y, bias and residual is touched
     activation: `activation_number`; all of them are in the kernel, so that none needs its own
     """
+    write_rows(code, vectors, sums, rows, y, y_stride, columns, bias, residual, activation)
+
+
+def bias_vectors(code: Code, vectors: int, bias: Int, columns: Int, memory: Int) -> list[Vec]:
+    """The bias of a panel, zero behind `columns` and where its address is 0."""
+    # An absent operand is a load under an empty mask, from memory that exists.
+    count = code.select(bias.is_(0), 0, columns)
+    start = code.select(bias.is_(0), memory, bias)
+    masks = [code.first(count - j * code.lanes) for j in range(vectors)]
+    return [code.load(start, j * code.lanes, mask) for j, mask in enumerate(masks)]
+
+
+def write_rows(
+    code: Code, vectors: int, sums: Int, rows: Int, y: Int, y_stride: Int, columns: Int,
+    bias: Int, residual: Int, activation: Int,
+) -> None:  # fmt: skip
+    """`finish_rows` inside another building block."""
     lanes = code.lanes
     width = vectors * lanes
-    # An absent operand is a load under an empty mask, from memory that exists.
-    bias_columns = code.select(bias.is_(0), 0, columns)
+    shifts = bias_vectors(code, vectors, bias, columns, sums)
     residual_columns = code.select(residual.is_(0), 0, columns)
-    bias_from = code.select(bias.is_(0), sums, bias)
     residual_from = code.select(residual.is_(0), y, residual)
-    shifts = [
-        code.load(bias_from, j * lanes, code.first(bias_columns - j * lanes))
-        for j in range(vectors)
-    ]
     masks = [code.first(columns - j * lanes) for j in range(vectors)]
     added = [code.first(residual_columns - j * lanes) for j in range(vectors)]
 
