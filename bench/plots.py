@@ -22,6 +22,7 @@ COLOURS = {
     "accelerate": "#4d4d4d",
 }
 MOST_BARS = 45
+LEAST_MACS = 1_000_000  # what is smaller measures the cost of a call
 
 
 def write(document: Document, folder: str | Path) -> list[Path]:
@@ -81,7 +82,11 @@ def _bars(document: Document, title: str, rows: list[Row]) -> Any:
         peer = PEERS[row["best_peer"]].title if row["best_peer"] in PEERS else row["best_peer"]
         times = f"{row['median_ms']:.3g} ms, {peer} {row['best_peer_ms']:.3g}"
         axes.text(
-            max(ratio, row["bar"] or 0), y, f"  {ratio:.2f}   ({times})", va="center", fontsize=7.5
+            max(ratio, row["bar"] or 0, 1),
+            y,
+            f"  {ratio:.2f}   ({times})",
+            va="center",
+            fontsize=7.5,
         )
         if row["bar"]:
             axes.plot([row["bar"]] * 2, [y - 0.42, y + 0.42], color="black", linewidth=1.5)
@@ -106,7 +111,7 @@ def _roofline(document: Document, rows: list[Row]) -> Any:
     peak = 2e-9 * roofs["multiply_adds_per_s"]["float32"]
     copies = {int(size): 1e-9 * rate for size, rate in roofs["copy_bytes_per_s"].items()}
     memory, cache = copies[max(copies)], max(copies.values())
-    points = [(row, *_point(row)) for row in rows if row.get("multiplications")]
+    points = [(row, *_point(row)) for row in rows if row["macs"] >= LEAST_MACS]
     intensities = [x for _, x, _ in points] or [1.0]
     x = np.geomspace(0.5 * min(intensities), 2 * max(*intensities, peak / memory), 200)
     axes.plot(x, np.minimum(peak, memory * x), color="black", label=f"memory, {memory:.0f} GB/s")
@@ -124,7 +129,9 @@ def _roofline(document: Document, rows: list[Row]) -> Any:
     axes.set_xlabel("operations per byte of weights, input and output (2 per multiplication)")
     axes.set_ylabel("GFLOP/s")
     axes.set_title(
-        f"ours under the roofs; peak {peak:.0f} GFLOP/s\n{_subtitle(document)}", fontsize=10
+        f"ours under the roofs; peak {peak:.0f} GFLOP/s; cases of 1 M multiply-adds and more\n"
+        f"{_subtitle(document)}",
+        fontsize=10,
     )
     axes.grid(which="major", alpha=0.3)
     axes.legend(loc="lower right", fontsize=8)

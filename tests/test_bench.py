@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -642,7 +644,9 @@ def test_without_a_gpu_the_command_says_so(bench, tmp_path):
     no_gpu.reason() is None or shutil.which("make") is None, reason="there is a GPU, or no make"
 )
 def test_without_a_gpu_make_says_so_in_one_line():
-    done = subprocess.run(["make", "gpu"], cwd=ROOT, capture_output=True, text=True, check=False)
+    command = ["make", "--no-print-directory", "gpu", f"GPU_PYTHON={sys.executable}"]
+    env = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL")}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1
     assert "no GPU here: " in done.stderr

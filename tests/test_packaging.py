@@ -93,7 +93,9 @@ def test_the_wheel_says_what_it_needs(wheel):
     assert metadata["Requires-Python"] == ">=3.10"
     needs = metadata.get_all("Requires-Dist")
     assert [need for need in needs if "extra ==" not in need] == ["numpy>=1.26"]
-    assert {"numba", "torch", "demo", "bench", "test", "dev"} == set(metadata.get_all("Provides-Extra"))
+    assert {"numba", "torch", "demo", "bench", "test", "dev"} == set(
+        metadata.get_all("Provides-Extra")
+    )
     assert "fastconv = fastconv.cli:main" in archive.read(f"{folder}/entry_points.txt").decode()
     assert any(name.endswith("LICENSE") for name in archive.namelist())
 
@@ -169,6 +171,12 @@ def test_info_with_numpy_alone(only_numpy):
     assert "numba is not installed: pip install 'fastconv[numba]'" in output
     assert "PyTorch is not installed: pip install 'fastconv[torch]'" in output
     assert "scikit-video, which is not installed" in output
+
+
+def test_the_benchmarks_with_numpy_alone(only_numpy):
+    output = only_numpy("from fastconv.cli import main\nsys.exit(main(['bench', 'list']))")
+    assert "conv3d:54-54:3x3x3@16x56x56:p1:g54" in output
+    assert "peer torch                PyTorch: torch not installed: pip install" in output
 
 
 def test_a_wrong_name_is_an_attribute_error():
