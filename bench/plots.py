@@ -123,9 +123,10 @@ def _roofline(document: Document, rows: list[Row]) -> Any:
         axes.scatter(across, up, s=26, color=colour, label=family, alpha=0.8)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(ticker.NullFormatter())
     axes.set_xlabel("operations per byte of weights, input and output (2 per multiplication)")
     axes.set_ylabel("GFLOP/s")
     axes.set_title(
