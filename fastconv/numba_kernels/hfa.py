@@ -19,6 +19,7 @@ from ..epilogue import Epilogue
 from ..geometry import SeparableGeometry
 from ..plan import Plan
 from ..transforms import apply_along
+from .emit import LINE_BYTES
 from .finish import activation_number
 from .gemm import block_rows, pack_panels, panel_vectors
 from .hfa_stages import COLUMNS, hfa_kernel
@@ -97,7 +98,7 @@ def _cut(plan: Plan, workers: int) -> _Cut:
         rows * out_w * last_panel,
         (2 * time.alpha + high.alpha) * 8 // item,
     )
-    line = 64 // item
+    line = LINE_BYTES // item
     whole = tuple(-(-part // line) * line for part in parts)
     return _Cut(rows, strips, ring_rows, row_columns, v_point, m_point, whole)
 

@@ -9,12 +9,11 @@ from numba import njit
 
 from ..epilogue import ACTIVATIONS
 from .activations import activate
+from .emit import LINE_BYTES
 from .finish import finish_rows
 from .layout import transpose_tile
 from .memory import clear, int_at, poke
 from .simd import Code, Int, Vec, block, call, fma, peek
-
-LINE_BYTES = 64
 
 
 @block

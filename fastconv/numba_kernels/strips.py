@@ -18,6 +18,7 @@ import numpy as np
 
 from ..geometry import Geometry
 from ..plan import Plan
+from .emit import LINE_BYTES
 from .finish import activation_number
 from .layout import Views
 from .simd import (
@@ -29,7 +30,7 @@ from .simd import (
     threads,
     vector_width,
 )
-from .strip_stages import LINE_BYTES, multiply_kernel, pack_kernel, strips_kernel, unpack_kernel
+from .strip_stages import multiply_kernel, pack_kernel, strips_kernel, unpack_kernel
 
 RING_BYTES = 640 << 10  # of one thread's ring and sums: most of it stays in L2
 

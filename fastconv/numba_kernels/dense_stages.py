@@ -1,0 +1,176 @@
+"""The implicit matrix product of `dense`: the table of addresses, and a tile of y under it."""
+
+from __future__ import annotations
+
+from numba import njit
+
+from ..epilogue import ACTIVATIONS
+from .finish import bias_vectors, write_rows
+from .memory import clear, int_at, poke
+from .simd import Code, Int, Vec, block, fma, peek
+
+
+@block
+def dense_tile(
+    code: Code, dtype: str, rows: int, vectors: int,
+    table: Int, table_stride: Int, taps: Int, shift: Int, depth: Int, panel: Int,
+    ahead: Int, ahead_step: Int, sums: Int,
+    count: Int, y: Int, y_stride: Int, columns: Int, bias: Int, residual: Int, activation: Int,
+) -> None:  # fmt: skip
+    """y (count, columns) = activation(inputs under the table @ panel + bias + residual).
+
+    table (taps, table_stride) int64: addresses of inputs, `rows` valid per tap
+    shift: elements from there to the group's first channel;  depth: channels per group
+    panel (taps * depth, vectors * lanes)
+    ahead, ahead_step: memory to ask for meanwhile, elements from channel to channel
+    sums (rows, vectors * lanes): scratch
+    The rest as in `finish_rows`; at most `rows` are written.
+    """
+    lanes = code.lanes
+    for i in range(rows):
+        for j in range(vectors):
+            code.prefetch(y, i * y_stride + j * lanes, write=True)
+    first = bias_vectors(code, vectors, bias, columns, panel)
+    totals = _product(
+        code, rows, first, table, table_stride, taps, shift, depth, panel, ahead, ahead_step
+    )
+
+    # No activation and relu end in registers: a lower bound, -Inf or 0, that NaN passes.
+    simple = code.both(count >= rows, activation <= ACTIVATIONS.index("relu"))
+    with code.builder.if_else(simple) as (yes, no):
+        with yes:
+            relu = activation.is_(ACTIVATIONS.index("relu"))
+            bound = code.zero().like(
+                code.builder.select(relu, code.zero().value, code.splat(float("-inf")).value)
+            )
+            masks = [code.first(columns - j * lanes) for j in range(vectors)]
+
+            def end(add: bool) -> None:
+                for n, z in enumerate(totals):
+                    i, j = divmod(n, vectors)
+                    at = y_stride * i + j * lanes
+                    if add:
+                        z = z + code.load(residual, at, masks[j])
+                    code.store(bound.where(z < bound, z), y, at, masks[j])
+
+            with code.builder.if_else(residual.is_(0)) as (alone, added):
+                with alone:
+                    end(add=False)
+                with added:
+                    end(add=True)
+        with no:
+            for n, total in enumerate(totals):
+                code.store(total, sums, n * lanes)
+            none = code.int(0)
+            write_rows(code, vectors, sums, count, y, y_stride, columns, none, residual, activation)
+
+
+def _product(
+    code: Code, rows: int, first: list[Vec], table: Int, table_stride: Int, taps: Int, shift: Int,
+    depth: Int, panel: Int, ahead: Int, ahead_step: Int,
+) -> list[Vec]:  # fmt: skip
+    """`first` in every row, plus the sums over taps and channels, row by row."""
+    vectors = len(first)
+    width = vectors * code.lanes
+
+    def tap(t: Int, sums: list[Vec]) -> list[Vec]:
+        entries = table + t * table_stride * 8
+        inputs = [int_at(code, entries, i) + shift * code.item for i in range(rows)]
+        under = panel + t * depth * (width * code.item)
+
+        def channel(c: Int, sums: list[Vec]) -> list[Vec]:
+            code.prefetch(ahead, c * ahead_step)
+            w = [code.load(under, c * width + j * code.lanes) for j in range(vectors)]
+            following = []
+            for i in range(rows):
+                value = code.broadcast(inputs[i], c)
+                following += [fma(value, w[j], sums[i * vectors + j]) for j in range(vectors)]
+            return following
+
+        return code.loop(depth, channel, sums)
+
+    return code.loop(taps, tap, first * rows)
+
+
+# What `dense._prepared` puts where: addresses of the call, then what is known before it.
+(
+    X, Y, BIAS, RESIDUAL, SCRATCH, PANELS, ACTIVATION, THREAD_STEP, TABLE, SUMS,
+    T, H, W, C, PIXELS, OT, OH, OW, K, DEPTH, GROUP, KT, KH, KW, ST, SH, SW,
+    PAD_T, PAD_H, PAD_W, DT, DH, DW, SIZE, BLOCKS, SHARE, PANELS_PER_GROUP, PANEL_COUNT,
+    AHEAD_STEP,
+) = range(39)  # fmt: skip
+
+
+@njit(error_model="numpy")
+def _fill_table(params, table, zeros, first, last, item):
+    """table (taps, SIZE): where each tap of the output pixels first .. last - 1 begins."""
+    t, h, w = peek(params, T), peek(params, H), peek(params, W)
+    ot, oh, ow = peek(params, OT), peek(params, OH), peek(params, OW)
+    step, pixel = peek(params, SW), peek(params, C) * item
+    p = first
+    while p < last:
+        # A run: the pixels of this block in one row of the output.
+        row, start = p // ow, p % ow
+        stop = min(start + last - p, ow)
+        image, out_t, out_h = row // (ot * oh), row // oh % ot, row % oh
+        entry = table + (p - first - start) * 8
+        for i in range(peek(params, KT)):
+            in_t = out_t * peek(params, ST) - peek(params, PAD_T) + i * peek(params, DT)
+            for j in range(peek(params, KH)):
+                in_h = out_h * peek(params, SH) - peek(params, PAD_H) + j * peek(params, DH)
+                inside = 0 <= in_t < t and 0 <= in_h < h
+                for q in range(peek(params, KW)):
+                    in_w = q * peek(params, DW) - peek(params, PAD_W)
+                    low, high = start, start
+                    if inside:
+                        # Outputs o whose column in_w + o * step lies in 0 .. w - 1.
+                        low = min(max((step - 1 - in_w) // step, start), stop)
+                        high = max(min((w - 1 - in_w) // step + 1, stop), low)
+                    source = peek(params, X) + (((image * t + in_t) * h + in_h) * w + in_w) * pixel
+                    for o in range(start, low):
+                        poke(entry, o, zeros)
+                    for o in range(low, high):
+                        poke(entry, o, source + o * step * pixel)
+                    for o in range(high, stop):
+                        poke(entry, o, zeros)
+                    entry += peek(params, SIZE) * 8
+        p += stop - start
+
+
+def dense_kernel(DTYPE, ITEM, ROWS, VECTORS, WIDTH):
+    """One item is a block of output pixels times a share of the panels."""
+
+    def kernel(params, item, thread):
+        zeros = peek(params, SCRATCH) + thread * peek(params, THREAD_STEP)
+        table, sums = zeros + peek(params, TABLE), zeros + peek(params, SUMS)
+        size, blocks, share = peek(params, SIZE), peek(params, BLOCKS), peek(params, SHARE)
+        taps = peek(params, KT) * peek(params, KH) * peek(params, KW)
+        depth, k, group = peek(params, DEPTH), peek(params, K), peek(params, GROUP)
+        x, bias, residual = peek(params, X), peek(params, BIAS), peek(params, RESIDUAL)
+
+        clear(DTYPE, zeros, peek(params, C))
+        first = item % blocks * size
+        last = min(first + size, peek(params, PIXELS))
+        _fill_table(params, table, zeros, first, last, ITEM)
+        for i in range(taps):  # the register block reaches beyond the last pixel
+            for o in range(last - first, min(last - first + ROWS, size)):
+                poke(table, i * size + o, zeros)
+
+        first_panel = item // blocks * share
+        for n in range(first_panel, min(first_panel + share, peek(params, PANEL_COUNT))):
+            g = n // peek(params, PANELS_PER_GROUP)
+            column = n % peek(params, PANELS_PER_GROUP) * WIDTH
+            channel = g * group + column
+            for p in range(0, last - first, ROWS):
+                at = ((first + p) * k + channel) * ITEM
+                ahead = x + ((first + p + ROWS) * peek(params, C) + g * depth) * ITEM
+                dense_tile(
+                    DTYPE, ROWS, VECTORS, table + p * 8, size, taps, g * depth, depth,
+                    peek(params, PANELS) + n * taps * depth * WIDTH * ITEM,
+                    ahead, peek(params, AHEAD_STEP), sums,
+                    last - first - p, peek(params, Y) + at, k, min(group - column, WIDTH),
+                    bias + channel * ITEM * (bias != 0), residual + at * (residual != 0),
+                    peek(params, ACTIVATION),
+                )  # fmt: skip
+
+    return kernel
