@@ -19,6 +19,8 @@ from fastconv.bench import (
     baselines,
     cases,
     cuda,
+    gpu,
+    machine,
     no_gpu,
     ours,
     problems,
@@ -609,6 +611,26 @@ def test_gpu_times_are_per_call_and_graphs_stand_apart():
     assert graphs["ours"].median_ms == 8 / cuda.MOST_SETS
     assert refused == {"peer": "RuntimeError: operation not permitted"}
     assert cuda.best_ms(fake.function, api=fake) == 1
+
+
+@NEEDS_TORCH
+def test_the_gpu_command_checks_first_and_writes_all_rows(small, bench, tmp_path, monkeypatch):
+    facts = machine.facts()
+    monkeypatch.setattr(no_gpu, "reason", lambda: None)
+    monkeypatch.setattr(machine, "kind", lambda device: f"{device} of the test")
+    monkeypatch.setattr(machine, "facts", lambda device: facts)
+    monkeypatch.setattr(gpu, "Settings", lambda threads, **_: QUICK)
+    monkeypatch.setattr(cases, "DTYPES", ("float32",))
+    monkeypatch.setattr(cases, "table", lambda: [LAYER, BLOCK])
+    monkeypatch.setattr(baselines, "select", lambda *_: [])
+    code, out, err = bench("gpu", "--out", tmp_path)
+    assert (code, err) == (0, [])
+    assert f"0 wrong answers in the checks; rows are in {tmp_path}" in out
+    checked = json.loads((tmp_path / "checks.json").read_text())
+    assert [row["status"] for row in checked] == ["ok"] * 2
+    assert not any("median_ms" in row for row in checked)
+    timed = results.read(tmp_path / "cuda of the test.json").rows
+    assert [row["target"] for row in timed] == [LAYER.target, BLOCK.target]
 
 
 @NEEDS_TORCH
