@@ -14,8 +14,8 @@ from fastconv.numba_kernels.activations import activate
 from fastconv.numba_kernels.simd import Code, Int, address, block, kernel, parallel_for, peek
 
 DTYPES = ("float32", "float64")
-# Errors in ulp of the result. hardswish rounds three times (sum, product, quotient), half an ulp each
-# that a following quotient may double; sigmoid: exp 1.5, then two operations; silu: a third.
+# Errors in ulp of the result. hardswish rounds three times (sum, product, quotient), half an ulp
+# each that a following quotient may double; sigmoid: exp 1.5, then two operations; silu: a third.
 ULP = {"none": 0.0, "relu": 0.0, "hardswish": 2.0, "sigmoid": 2.5, "silu": 3.0}
 
 
