@@ -1,12 +1,17 @@
-"""Small things kernels do to memory: int64 tables, zeros."""
+"""Small things kernels do to memory: int64 tables, zeros, arrays at cache-line borders."""
 
 from __future__ import annotations
 
+from math import prod
+
+import numpy as np
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from .simd import Code, Int, block
+from .simd import Code, Int, address, block
+
+_LINE_BYTES = 64
 
 _I64 = ir.IntType(64)
 
@@ -34,3 +39,11 @@ def int_at(code: Code, array: Int, index: Int | int) -> Int:
     b = code.builder
     start = b.inttoptr(array.value, _I64.as_pointer())
     return Int(b, b.load(b.gep(start, [code.int(index).value])))
+
+
+def aligned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """An uninitialised array in C order that begins at a cache line."""
+    size = prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + _LINE_BYTES, np.uint8)
+    start = -address(memory) % _LINE_BYTES
+    return memory[start : start + size].view(dtype).reshape(shape)
