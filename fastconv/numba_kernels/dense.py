@@ -107,7 +107,9 @@ def _prepared(plan: Plan, workers: int) -> tuple[Kernel, tuple[int, ...], int]:
         *(before for before, _ in g.padding), *g.dilation, size, blocks, share, per_group, panels,
         ahead_step,
     )  # fmt: skip
-    compiled = kernel(dense_kernel, plan.dtype, item, rows, vectors, width)
+    last_vectors = -(-(group - (per_group - 1) * width) // vector_width(plan.dtype))
+    short = vectors - 1 if last_vectors < vectors else 0
+    compiled = kernel(dense_kernel, plan.dtype, item, rows, vectors, short, width)
     return compiled, known, blocks * -(-panels // share)
 
 

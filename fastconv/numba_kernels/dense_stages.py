@@ -12,7 +12,7 @@ from .simd import Code, Int, Vec, block, fma, peek
 
 @block
 def dense_tile(
-    code: Code, dtype: str, rows: int, vectors: int,
+    code: Code, dtype: str, rows: int, vectors: int, width: int,
     table: Int, table_stride: Int, taps: Int, shift: Int, depth: Int, panel: Int,
     ahead: Int, ahead_step: Int, sums: Int,
     count: Int, y: Int, y_stride: Int, columns: Int, bias: Int, residual: Int, activation: Int,
@@ -21,7 +21,7 @@ def dense_tile(
 
     table (taps, table_stride) int64: addresses of inputs, `rows` valid per tap
     shift: elements from there to the group's first channel;  depth: channels per group
-    panel (taps * depth, vectors * lanes)
+    panel (taps * depth, width), of which the first `vectors` are used
     ahead, ahead_step: memory to ask for meanwhile, elements from channel to channel
     sums (rows, vectors * lanes): scratch
     The rest as in `finish_rows`; at most `rows` are written.
@@ -32,7 +32,7 @@ def dense_tile(
             code.prefetch(y, i * y_stride + j * lanes, write=True)
     first = bias_vectors(code, vectors, bias, columns, panel)
     totals = _product(
-        code, rows, first, table, table_stride, taps, shift, depth, panel, ahead, ahead_step
+        code, rows, first, width, table, table_stride, taps, shift, depth, panel, ahead, ahead_step
     )
 
     # No activation and relu end in registers: a lower bound, -Inf or 0, that NaN passes.
@@ -66,12 +66,11 @@ def dense_tile(
 
 
 def _product(
-    code: Code, rows: int, first: list[Vec], table: Int, table_stride: Int, taps: Int, shift: Int,
-    depth: Int, panel: Int, ahead: Int, ahead_step: Int,
+    code: Code, rows: int, first: list[Vec], width: int, table: Int, table_stride: Int, taps: Int,
+    shift: Int, depth: Int, panel: Int, ahead: Int, ahead_step: Int,
 ) -> list[Vec]:  # fmt: skip
     """`first` in every row, plus the sums over taps and channels, row by row."""
     vectors = len(first)
-    width = vectors * code.lanes
 
     def tap(t: Int, sums: list[Vec]) -> list[Vec]:
         entries = table + t * table_stride * 8
@@ -137,7 +136,7 @@ def _fill_table(params, table, zeros, first, last, item):
         p += stop - start
 
 
-def dense_kernel(DTYPE, ITEM, ROWS, VECTORS, WIDTH):
+def dense_kernel(DTYPE, ITEM, ROWS, VECTORS, SHORT, WIDTH):
     """One item is a block of output pixels times a share of the panels."""
 
     def kernel(params, item, thread):
@@ -161,16 +160,26 @@ def dense_kernel(DTYPE, ITEM, ROWS, VECTORS, WIDTH):
             g = n // peek(params, PANELS_PER_GROUP)
             column = n % peek(params, PANELS_PER_GROUP) * WIDTH
             channel = g * group + column
+            columns = min(group - column, WIDTH)
+            short = columns <= SHORT * (WIDTH // VECTORS)  # a vector less than a panel has
             for p in range(0, last - first, ROWS):
                 at = ((first + p) * k + channel) * ITEM
-                ahead = x + ((first + p + ROWS) * peek(params, C) + g * depth) * ITEM
-                dense_tile(
-                    DTYPE, ROWS, VECTORS, table + p * 8, size, taps, g * depth, depth,
-                    peek(params, PANELS) + n * taps * depth * WIDTH * ITEM,
-                    ahead, peek(params, AHEAD_STEP), sums,
-                    last - first - p, peek(params, Y) + at, k, min(group - column, WIDTH),
-                    bias + channel * ITEM * (bias != 0), residual + at * (residual != 0),
-                    peek(params, ACTIVATION),
-                )  # fmt: skip
+                source, entries = g * depth, table + p * 8
+                weights = peek(params, PANELS) + n * taps * depth * WIDTH * ITEM
+                ahead = x + ((first + p + ROWS) * peek(params, C) + source) * ITEM
+                y = peek(params, Y) + at
+                shift, added = bias + channel * ITEM * (bias != 0), residual + at * (residual != 0)
+                if SHORT and short:
+                    dense_tile(
+                        DTYPE, ROWS, SHORT, WIDTH, entries, size, taps, source, depth, weights,
+                        ahead, peek(params, AHEAD_STEP), sums, last - first - p, y, k, columns,
+                        shift, added, peek(params, ACTIVATION),
+                    )  # fmt: skip
+                else:
+                    dense_tile(
+                        DTYPE, ROWS, VECTORS, WIDTH, entries, size, taps, source, depth, weights,
+                        ahead, peek(params, AHEAD_STEP), sums, last - first - p, y, k, columns,
+                        shift, added, peek(params, ACTIVATION),
+                    )  # fmt: skip
 
     return kernel
