@@ -223,3 +223,23 @@ def test_nothing_outside_the_arrays_is_read_or_written(
     module.run(plan, x, module.prepack(w, plan), bias, residual, y, workspace)
     want = cases.execute(cases.on(plan, "reference"), values[0], w, bias, values[1])
     assert np.array_equal(y, want)
+
+
+@pytest.mark.skipif("torch" not in cases.CPU_BACKENDS, reason="PyTorch is not installed")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_torch_takes_tensors_of_half_precision(dtype, layout):
+    import torch
+
+    geometry = Geometry.of((2, 6, 4, 5, 7), (9, 2, 3, 3, 3), 1, ((2, 0), (1, 1), (0, 1)), 1, 3)
+    plan = plan_for("torch", geometry, dtype, layout, Epilogue(True, "relu", True))
+    kind, module = getattr(torch, dtype), kernel("grouped", "torch")
+    shapes = (geometry.x_shape, geometry.w_shape, (9,), geometry.y_shape)
+    x, w, bias, residual = (torch.from_numpy(cases.random(s, 0)).to(kind) for s in shapes)
+    y = torch.full(geometry.y_shape, torch.nan, dtype=kind)
+    module.run(plan, x, module.prepack(w, plan), bias, residual, y, None)
+    exact = plan_for("reference", geometry, "float64", epilogue=plan.epilogue)
+    want = cases.execute(exact, *(a.double().numpy() for a in (x, w, bias, residual)))
+    # Sums are kept in float32; the result is rounded, once per operation of the epilogue.
+    size = np.abs(want).max() + residual.abs().max().item()
+    assert np.abs(y.double().numpy() - want).max() <= 3 * torch.finfo(kind).eps * size
