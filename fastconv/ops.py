@@ -442,7 +442,7 @@ def run(
         return
     module = backends.kernel(plan.family, plan.backend)
     x, residual = _dense(x, plan.layout), _dense(residual, plan.layout)
-    module.run(plan, x, packed, bias, residual, y, _workspace(module.workspace_size(plan), y.dtype))
+    module.run(plan, x, packed, bias, residual, y, workspace(module.workspace_size(plan), y.dtype))
 
 
 def run_step(
@@ -459,7 +459,7 @@ def run_step(
         return
     module = backends.kernel(plan.family, plan.backend)
     x, residual = _dense(x, plan.layout), _dense(residual, plan.layout)
-    scratch = _workspace(module.workspace_size(plan), y.dtype)
+    scratch = workspace(module.workspace_size(plan), y.dtype)
     module.run(plan, x, packed, bias, residual, state.frames, state.steps, y, scratch)
 
 
@@ -489,11 +489,12 @@ def layout_of(array: Array) -> str:
 
 def _dense(array: Array | None, layout: str) -> Array:
     """The array itself if it is dense in the layout, else a copy that is."""
-    if array is None:
-        return None
-    if layout == CONTIGUOUS:
-        return np.ascontiguousarray(array)
-    return np.moveaxis(np.ascontiguousarray(np.moveaxis(array, 1, -1)), -1, 1)
+    if array is None or layout == CONTIGUOUS:
+        return array if array is None else np.ascontiguousarray(array)
+    last = array.transpose(0, *range(2, array.ndim), 1)
+    if last.flags.c_contiguous:
+        return array
+    return np.moveaxis(np.ascontiguousarray(last), -1, 1)
 
 
 def _empty(shape: tuple[int, ...], dtype: Any, layout: str) -> np.ndarray:
@@ -502,14 +503,15 @@ def _empty(shape: tuple[int, ...], dtype: Any, layout: str) -> np.ndarray:
     return np.moveaxis(np.empty((shape[0], *shape[2:], shape[1]), dtype), -1, 1)
 
 
-def _workspace(size: int, dtype: Any) -> np.ndarray:
+def workspace(size: int, dtype: np.dtype) -> np.ndarray:
     """Scratch of this thread, kept between calls: fresh pages would cost more than many kernels."""
-    nbytes = size * np.dtype(dtype).itemsize
-    held = getattr(_scratch, "buffer", None)
-    if held is None or held.nbytes < nbytes:
-        held = _scratch.buffer = np.empty(-(-nbytes // 64) * 8 + 8, np.float64)
-    offset = -held.ctypes.data % 64
-    return held.view(np.uint8)[offset : offset + nbytes].view(dtype)
+    held: np.ndarray | None = _scratch.__dict__.get(dtype.char)
+    if held is None or held.size < size:
+        line = 64 // dtype.itemsize
+        memory = np.empty(size + line, dtype)
+        skip = -memory.ctypes.data % 64 // dtype.itemsize
+        held = _scratch.__dict__[dtype.char] = memory[skip : skip + size]
+    return held[:size]
 
 
 def _check_arrays(op: str, **arrays: Array | None) -> None:

@@ -7,6 +7,7 @@ long as it lives and is not written.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -219,57 +220,106 @@ def continual_step(
     return y
 
 
-def execute(plan: Plan, x: Tensor, packed: Any, bias: Any, residual: Tensor | None) -> Tensor:
-    """`ops.execute` on tensors: y is allocated by PyTorch, kernels on NumPy arrays see views."""
-    geometry, epilogue = plan.geometry, plan.epilogue
-    with torch.no_grad():
-        if (
-            plan.backend == "torch"
-            and plan.family in ("grouped", "depthwise")
-            and isinstance(geometry, Geometry)
-            and isinstance(epilogue, Epilogue)
-            and epilogue.plain
-        ):
-            # PyTorch's convolution allocates its own result: one pass over memory less than `run`.
-            from .torch_kernels.grouped import convolve
+class Runner:
+    """A plan ready for many calls: its kernel, workspace and output shape are looked up once."""
 
-            return dense(convolve(dense(x, plan.layout), packed, bias, geometry), plan.layout)
-        y = new_dense(geometry.y_shape, x, plan.layout)
+    def __init__(self, plan: Plan) -> None:
+        module = backends.kernel(plan.family, plan.backend)
+        self.plan = plan
+        self._run = module.run
+        self._workspace_size = 0 if plan.backend == "torch" else module.workspace_size(plan)
+        self._y_shape = plan.geometry.y_shape
+        # PyTorch's convolution allocates its own result: one pass over memory less than `run`.
+        plain = isinstance(plan.epilogue, Epilogue) and plan.epilogue.plain
+        direct = plan.backend == "torch" and plan.family in ("grouped", "depthwise")
+        self._convolve = module.convolve if direct and plain else None
+
+    def __call__(self, x: Tensor, packed: Any, bias: Any, residual: Tensor | None = None) -> Tensor:
+        """y (N, K, *out_size) in the plan's layout, without a gradient; x may have any strides."""
+        layout = self.plan.layout
+        x = dense(x, layout)
+        if self._convolve is not None:
+            with torch.no_grad():
+                return dense(self._convolve(x, packed, bias, self.plan.geometry), layout)
+        residual = dense(residual, layout)
+        y = new_dense(self._y_shape, x, layout)
         if not y.numel():
             return y
-        if plan.backend == "torch":
-            x, residual = dense(x, plan.layout), dense(residual, plan.layout)
-            backends.kernel(plan.family, plan.backend).run(plan, x, packed, bias, residual, y, None)
-        else:
-            _follow_threads(plan.backend)
-            b = tuple(map(_view, bias)) if isinstance(bias, tuple) else _view(bias)
-            ops.run(plan, _view(x), packed, b, _view(residual), _view(y))
-    return y
+        if self.plan.backend == "torch":
+            self._run(self.plan, x, packed, bias, residual, y, None)
+            return y
+        if self.plan.backend == "numba":
+            _follow_threads()
+        b = tuple(map(_view, bias)) if isinstance(bias, tuple) else _view(bias)
+        x_view, y_view = _view(x), _view(y)
+        workspace = ops.workspace(self._workspace_size, y_view.dtype)
+        self._run(self.plan, x_view, packed, b, _view(residual), y_view, workspace)
+        return y
 
 
-def packed_weights(plan: Plan, weight: Tensor) -> Any:
-    """Packed weights of a plan, made once per weight tensor and value.
+@lru_cache(maxsize=4096)
+def runner(plan: Plan) -> Runner:
+    """The plan's Runner."""
+    return Runner(plan)
+
+
+def execute(plan: Plan, x: Tensor, packed: Any, bias: Any, residual: Tensor | None) -> Tensor:
+    """`ops.execute` on tensors: y is allocated by PyTorch, kernels on NumPy arrays see views."""
+    return runner(plan)(x, packed, bias, residual)
+
+
+class PackedWeights:
+    """The packed forms of one weight tensor, for as long as nobody writes it.
 
     A write is seen by PyTorch's version counter or, for writes through `.data` and other aliases
     that it does not count, by a sample of the elements.
     """
+
+    def __init__(self, weight: Tensor) -> None:
+        self._pointer, self._version = weight.data_ptr(), weight._version
+        self._sample = _sample(weight)
+        self._values = self._sample.tobytes()
+        self._packed: dict[Plan | Runner, Any] = {}
+
+    def are_of(self, weight: Tensor) -> bool:
+        """Whether this is still the memory and the content that was packed."""
+        return (
+            weight._version == self._version
+            and weight.data_ptr() == self._pointer
+            and self._sample.tobytes() == self._values
+        )
+
+    def form(self, runner: Runner, weight: Tensor) -> Any:
+        """The weights in the form that a plan's kernel reads."""
+        packed = self._packed.get(runner)
+        if packed is None:
+            packed = self._packed[runner] = _pack(runner.plan, weight)
+        return packed
+
+
+def held_weights(weight: Tensor) -> PackedWeights:
+    """The packed weights kept for a tensor, new ones if it was written meanwhile."""
     if weight.is_inference():
-        return _pack(plan, weight)
-    stamp = (weight.data_ptr(), weight._version, _sample(weight))
+        return PackedWeights(weight)
     held = _packed.get(weight)
-    if held is None or held[0] != stamp:
-        held = _packed[weight] = (stamp, {})
-    if plan not in held[1]:
-        held[1][plan] = _pack(plan, weight)
-    return held[1][plan]
+    if held is None or not held.are_of(weight):
+        held = _packed[weight] = PackedWeights(weight)
+    return held
 
 
-def _sample(weight: Tensor) -> bytes:
+def packed_weights(plan: Plan, weight: Tensor) -> Any:
+    """The weights in the form that a plan's kernel reads, packed once per tensor and content."""
+    return held_weights(weight).form(runner(plan), weight)
+
+
+def _sample(weight: Tensor) -> np.ndarray:
+    """A view of up to _SAMPLES elements, evenly spaced; empty where NumPy cannot see them."""
     if weight.device.type != "cpu" or not weight.is_contiguous():
-        return b""
+        return np.empty(0)
     flat = weight.detach().view(-1)
+    # Two bytes at a time: NumPy has no bfloat16.
     step = max(1, flat.numel() // _SAMPLES)
-    return flat[::step].contiguous().view(torch.uint8).numpy().tobytes()
+    return flat.view(torch.int16).numpy().reshape(flat.numel(), -1)[::step]
 
 
 def _pack(plan: Plan, weights: Any) -> Any:
@@ -305,11 +355,10 @@ def dense(tensor: MaybeTensor, layout: str) -> MaybeTensor:
     return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
-def _follow_threads(backend: str) -> None:
+def _follow_threads() -> None:
     """`torch.set_num_threads` rules the Numba kernels too."""
-    if backend == "numba":
-        import numba
+    import numba
 
-        wanted = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-        if numba.get_num_threads() != wanted:
-            numba.set_num_threads(wanted)
+    wanted = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    if numba.get_num_threads() != wanted:
+        numba.set_num_threads(wanted)

@@ -13,7 +13,7 @@ from fastconv.geometry import Geometry
 from fastconv.plan import CHANNELS_LAST, Plan
 
 Module = TypeVar("Module", bound="_Conv")
-MAX_PLANS = 256  # input shapes remembered per module
+MAX_SHAPES = 256  # input shapes remembered per module
 
 
 class _Conv(nn.modules.conv._ConvNd):
@@ -44,7 +44,8 @@ class _Conv(nn.modules.conv._ConvNd):
     ) -> None:
         self.algorithm, self.backend, self.tolerance = algorithm, backend, float(tolerance)
         self.channels_last = channels_last
-        self._plans: dict[Any, Plan] = {}
+        self._runners: dict[Any, torch_ops.Runner] = {}
+        self._held: torch_ops.PackedWeights | None = None
 
     @classmethod
     def convert(cls: type[Module], module: nn.Module, **kernel_options: Any) -> Module:
@@ -54,20 +55,20 @@ class _Conv(nn.modules.conv._ConvNd):
         new._configure(**kernel_options)
         return new
 
-    def plan_for(self, x: Tensor, padding: Any = None) -> Plan:
-        """The plan that an input would run; `padding` replaces the module's own."""
-        key = (x.shape, x.stride(), x.dtype, x.device.type, padding)
-        plan = self._plans.get(key)
-        if plan is None:
-            if len(self._plans) >= MAX_PLANS:
-                self._plans.clear()
-            pad = self.padding if padding is None else padding
-            options = (self.stride, pad, self.dilation, self.groups)
-            geometry = Geometry.of(
-                x.shape, self.weight.shape, *options, op=f"conv{len(self.kernel_size)}d"
-            )
-            plan = self._plans[key] = planner.plan(
-                geometry,
+    def plan_for(self, x: Tensor) -> Plan:
+        """The plan that a batch like x would run; its padding is the module's own."""
+        return self._runner_for(x, self.padding).plan
+
+    def _runner_for(self, x: Tensor, padding: Any) -> torch_ops.Runner:
+        key = (x.shape, x.stride(), x.dtype, x.device.type)
+        runner = self._runners.get(key)
+        if runner is None:
+            if len(self._runners) >= MAX_SHAPES:
+                self._runners.clear()
+            options = (self.stride, padding, self.dilation, self.groups)
+            op = f"conv{len(self.kernel_size)}d"
+            plan = planner.plan(
+                Geometry.of(x.shape, self.weight.shape, *options, op=op),
                 dtype=str(x.dtype).removeprefix("torch."),
                 device=x.device.type,
                 epilogue=Epilogue(bias=self.bias is not None),
@@ -76,11 +77,12 @@ class _Conv(nn.modules.conv._ConvNd):
                 backend=self.backend,
                 tolerance=self.tolerance,
             )
-        return plan
+            runner = self._runners[key] = torch_ops.runner(plan)
+        return runner
 
     def plan_of(self, x_shape: tuple[int, ...]) -> Plan | None:
         """The plan that the last input of this shape (with its batch axis) ran; None if none."""
-        plans = [p for p in self._plans.values() if p.geometry.x_shape == tuple(x_shape)]
+        plans = [r.plan for key, r in self._runners.items() if key[0] == tuple(x_shape)]
         return plans[-1] if plans else None
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -90,10 +92,11 @@ class _Conv(nn.modules.conv._ConvNd):
             input = nn.functional.pad(input, widths, mode=self.padding_mode)
             padding = (0,) * len(self.kernel_size)
         if self._is_plain(input, weight, bias):
-            plan = self.plan_for(input, padding)
-            return torch_ops.execute(
-                plan, input, torch_ops.packed_weights(plan, weight), bias, None
-            )
+            held = self._held
+            if held is None or not held.are_of(weight):
+                held = self._held = torch_ops.held_weights(weight)
+            runner = self._runner_for(input, padding)
+            return runner(input, held.form(runner, weight), bias)
         if self.channels_last and input.dim() == len(self.kernel_size) + 2:
             input = torch_ops.dense(input, CHANNELS_LAST)
         function = (ops.conv1d, ops.conv2d, ops.conv3d)[len(self.kernel_size) - 1]
@@ -112,24 +115,22 @@ class _Conv(nn.modules.conv._ConvNd):
 
     def _is_plain(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         """An ordinary batch, no gradient, nobody tracing: may skip the operator and its checks."""
-        if (
-            torch.compiler.is_compiling()
-            or type(input) is not Tensor
-            or input.dim() != weight.dim()
-        ):
+        dtype, device = input.dtype, input.device
+        if type(input) is not Tensor or input.dim() != weight.dim() or weight.dtype != dtype:
             return False
-        given = (input, weight) if bias is None else (input, weight, bias)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+        if weight.device != device or device.type == "meta" or torch.compiler.is_compiling():
             return False
-        same = all(t.dtype == input.dtype and t.device == input.device for t in given)
-        return (
-            same
-            and input.device.type != "meta"
-            and not torch.is_autocast_enabled(input.device.type)
-        )
+        needs_grad = input.requires_grad or weight.requires_grad
+        if bias is not None:
+            needs_grad = needs_grad or bias.requires_grad
+            if bias.dtype != dtype or bias.device != device:
+                return False
+        if needs_grad and torch.is_grad_enabled():
+            return False
+        return not torch.is_autocast_enabled(device.type)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plans": {}}
+        return {**self.__dict__, "_runners": {}, "_held": None}
 
 
 class Conv1d(_Conv, nn.Conv1d):

@@ -46,6 +46,7 @@ class Report:
     error           max |accelerated - exact| / max |exact| on the example input; exact is the model
                     in float64
     original_error  the same of the model itself
+    roundoff        the spacing of numbers near 1 in the precision of the outputs
     channels_last   whether activations are kept channels last from the first convolution on
 
     Without the check, `error` is the distance to the model itself and `original_error` is 0.
@@ -55,12 +56,17 @@ class Report:
     error_factor: float
     error: float
     original_error: float
+    roundoff: float
     channels_last: bool
 
     @property
     def allowed(self) -> float:
-        """The bound on `error`: the model's own, times the worst layer's factor and a margin."""
-        return NETWORK_MARGIN * self.error_factor * self.original_error
+        """The bound on `error`: the model's own, times the worst layer's factor and a margin.
+
+        An own error below four units in the last place is luck, not a measure.
+        """
+        own = max(self.original_error, 4 * self.roundoff)
+        return NETWORK_MARGIN * self.error_factor * own
 
     def __str__(self) -> str:
         rows = [("layer", "geometry", "algorithm", "backend")]
@@ -135,7 +141,9 @@ def accelerate(
     factor = max(
         (planner.error_factor(row.plan) for row in rows if row.plan is not None), default=1.0
     )
-    report = Report(rows, max(factor, 1.0), distance(got, exact), distance(want, exact), last)
+    errors = distance(got, exact), distance(want, exact)
+    roundoff = max((torch.finfo(t.dtype).eps for t in want if t.is_floating_point()), default=0.0)
+    report = Report(rows, max(factor, 1.0), *errors, roundoff, last)
     if check and not report.error <= report.allowed:
         raise UnsupportedError(
             f"accelerate: the error of the outputs is {report.error:.1e} of the largest one, "
