@@ -226,19 +226,18 @@ def test_no_streams_give_no_columns(backend, layout):
 
 
 @pytest.mark.skipif("numba" not in cases.CPU_BACKENDS, reason="no numba")
-@pytest.mark.parametrize("groups", [1, 4, 8], ids=["dense", "grouped", "depthwise"])
+@pytest.mark.parametrize("unrolled", [0, 1])
+@pytest.mark.parametrize("groups", [1, 4, 20], ids=["dense", "grouped", "depthwise"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_numba_streams_have_the_bits_of_the_clip_kernel(layout, groups):
-    plan = plan_for(
-        "numba", (1, 8, 6, 9), (8, 8 // groups, 3, 3, 3), 1, 1, 1, groups, layout=layout
-    )
-    frames = cases.random((1, 8, 7, 6, 9), 0)
-    w = cases.random((8, 8 // groups, 3, 3, 3), 1)
+def test_numba_streams_have_the_bits_of_the_clip_kernel(layout, groups, unrolled):
+    frame, w_shape = (2, 20, 6, 9), (20, 20 // groups, 3, 3, 3)
+    plan = plan_for("numba", frame, w_shape, 1, 1, 1, groups, layout=layout)
+    plan = replace(plan, config=(("unrolled", unrolled),) if groups == 20 else ())
+    frames, w = cases.random((2, 20, 7, 6, 9), 0), cases.random(w_shape, 1)
     stream = Stream(plan, w)
     columns = [stream.step(frames[:, :, t]) for t in range(7)]
-    family = "depthwise" if groups == 8 else "grouped"
+    window = replace(plan, family="depthwise" if groups == 20 else "grouped")
     for t in range(2, 7):
-        window = replace(plan, family=family)
         want = cases.execute(window, frames[:, :, t - 2 : t + 1], w)
         assert np.array_equal(columns[t], want[:, :, 0])
 

@@ -1,8 +1,8 @@
 """A convolution fed one frame at a time: the frames of its taps are a clip of one column.
 
-The window that the newest frame completes is copied into the workspace, one frame per tap, so that
-dilation along T is gone; then the depthwise or grouped kernel computes its only column, in the same
-order of summation as over a whole clip.
+Only the frames that the taps read make the clip, so that dilation along T is gone. Depthwise tiles
+read them where they lie; for the other kernels they are copied into the workspace. Either way the
+column is summed in the same order as over a whole clip.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .simd import (
 )
 
 CONFIGS: tuple[dict[str, int], ...] = ({},)
-LEAST_BYTES = 16 << 10  # of a frame that one item copies
+LEAST_BYTES = 64 << 10  # of a frame that one item copies
 
 
 def supports(geometry: Geometry, dtype: str, epilogue: Epilogue) -> str | None:
@@ -85,17 +85,33 @@ def run(plan, x, packed, bias, residual, state, steps, y, workspace) -> None:
     with L zero frames.
     """
     module, clip = _clip(plan)
+    column = y[:, :, None]
+    added = None if residual is None else residual[:, :, None]
     if plan.geometry.kernel[0] == 1:
-        window, rest = x[:, :, None], workspace
+        module.run(clip, x[:, :, None], packed, bias, added, column, workspace)
+    elif module is depthwise and depthwise.takes_frames(clip):
+        frames = _frames(plan, x, state, steps)
+        depthwise.run_frames(clip, frames, packed, bias, residual, y)
+        _gather(plan, x, state, steps, None)
     else:
         memory, rest = pieces(workspace, [prod(clip.geometry.x_shape)])
-        window = _window(clip, memory)
-        compiled, fixed, items = _gather(plan, threads())
-        seen = np.ascontiguousarray(steps, np.int64)
-        parallel_for(compiled, (*map(address, (x, state, window, seen)), *fixed), items)
+        _gather(plan, x, state, steps, memory)
+        module.run(clip, _window(clip, memory), packed, bias, added, column, rest)
     steps += 1
-    added = None if residual is None else residual[:, :, None]
-    module.run(clip, window, packed, bias, added, y[:, :, None], rest)
+
+
+def _frames(plan: Plan, x: np.ndarray, state: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """Addresses (N, KT) of the frames of the window, channels last."""
+    g = plan.geometry
+    ring, step = g.in_size[0] - 1, g.dilation[0]
+    size = prod(g.in_size[1:]) * g.in_channels * x.itemsize
+    first, newest = address(state), address(x)
+    rows = []
+    for n, seen in enumerate(steps.tolist()):
+        # Tap k reads the frame of age L - k * dilation; the oldest is where the next one goes.
+        slots = [(seen + k * step) % ring for k in range(g.kernel[0] - 1)]
+        rows.append([first + (n * ring + slot) * size for slot in slots] + [newest + n * size])
+    return np.array(rows, np.int64)
 
 
 def _window(clip: Plan, memory: np.ndarray) -> np.ndarray:
@@ -132,19 +148,26 @@ def gather_kernel(DTYPE, ITEM, LANES):
         newest = peek(params, X) + ITEM * (row * frame + begin)
         state = peek(params, STATE) + ITEM * (row * ring * frame + begin)
         window = peek(params, WINDOW) + ITEM * (row * taps * frame + begin)
-        for tap in range(taps - 1):
-            # Tap k reads the frame of age L - k * dilation; the oldest is where the next one goes.
-            slot = (seen + tap * peek(params, DILATION)) % ring
-            copy(DTYPE, state + ITEM * slot * frame, window + ITEM * tap * frame, count)
-        copy(DTYPE, newest, window + ITEM * (taps - 1) * frame, count)
+        if peek(params, WINDOW) != 0:
+            for tap in range(taps - 1):
+                slot = (seen + tap * peek(params, DILATION)) % ring
+                copy(DTYPE, state + ITEM * slot * frame, window + ITEM * tap * frame, count)
+            copy(DTYPE, newest, window + ITEM * (taps - 1) * frame, count)
         copy(DTYPE, newest, state + ITEM * (seen % ring) * frame, count)
 
     return kernel
 
 
+def _gather(plan: Plan, x, state, steps, window: np.ndarray | None) -> None:
+    """Copy the frames of the taps to the window, if there is one, and x to the state."""
+    compiled, fixed, items = _gathering(plan, threads())
+    seen = np.ascontiguousarray(steps, np.int64)
+    parallel_for(compiled, (*map(address, (x, state, window, seen)), *fixed), items)
+
+
 @functools.lru_cache(maxsize=256)
-def _gather(plan: Plan, workers: int) -> tuple[Kernel, tuple[int, ...], int]:
-    """The kernel that fills the window, its parameters behind the arrays, and how many items."""
+def _gathering(plan: Plan, workers: int) -> tuple[Kernel, tuple[int, ...], int]:
+    """The kernel that copies frames, its parameters behind the arrays, and how many items."""
     g = plan.geometry
     itemsize = np.dtype(plan.dtype).itemsize
     ring = g.in_size[0] - 1

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..epilogue import Epilogue
 from ..geometry import Geometry
-from ..plan import Plan
+from ..plan import CHANNELS_LAST, Plan
 from . import depthwise_lines, depthwise_tiles
 from .layout import channels_last_views, pieces_size, views_size
 
@@ -39,6 +39,21 @@ def _form(plan: Plan) -> Any:
     geometry = plan.geometry.lifted()
     worth = plan.options.get("unrolled", geometry.macs >= depthwise_tiles.UNROLLED_MACS)
     return depthwise_lines if worth and depthwise_lines.suits(geometry) else depthwise_tiles
+
+
+def takes_frames(plan: Plan) -> bool:
+    """Whether `run_frames` can compute a plan."""
+    is_form = _form(plan) is depthwise_tiles and plan.layout == CHANNELS_LAST
+    return is_form and plan.geometry.n == 3  # fewer axes: the first is not that of frames
+
+
+def run_frames(plan, frames, packed, bias, residual, y) -> None:
+    """`run` for a clip of one column along T whose frames lie anywhere.
+
+    frames (N, KT): addresses of frames (*frame, C) in C order, on which this function relies
+    y, residual     (N, K, *out_frame), channels last
+    """
+    depthwise_tiles.run(plan, None, packed, bias, residual, y, None, frames)
 
 
 def prepack(weights: np.ndarray, plan: Plan) -> np.ndarray:

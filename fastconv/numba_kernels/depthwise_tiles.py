@@ -1,4 +1,4 @@
-"""Depthwise tiles, from a plan to the kernel of `depthwise_blocks`: vectors, weights, work."""
+"""Depthwise tiles, from a plan to its kernel: how channels lie in vectors, and who does what."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import numpy as np
 
 from ..geometry import Geometry
 from ..plan import Plan
-from .depthwise_blocks import tile_kernel
+from .depthwise_kernel import tile_kernel
 from .finish import activation_number
 from .memory import aligned
 from .simd import Kernel, address, kernel, parallel_for, register_count, threads, vector_width
 
 UNROLLED_MACS = 1 << 20  # below, compiling for the taps would not pay
+SERIAL_MACS = 1 << 18  # below, starting threads would not pay
 MOST_TAPS = 49
 STRIP_BYTES = 512 << 10  # of input that a strip reads for one output frame: stays in L2
 PREFETCH_BYTES = 16 << 20  # of x and y: more than stays in the caches between two layers
@@ -77,7 +78,7 @@ def tile_shape(plan: Plan) -> Shape:
     _, height, width = geometry.out_size
     (_, kh, kw), (_, stride_h, stride_w) = geometry.kernel, geometry.stride
     many = register_count() > 16
-    best = min((7, 8, 4) if many else (4, 3), key=lambda cols: -(-width // cols) * cols)
+    best = min((7, 8, 5, 4) if many else (4, 3), key=lambda cols: -(-width // cols) * (cols + 1))
     cols = options.get("cols", best)
     rows = min(options.get("rows", 2), height)
     fits = (
@@ -117,23 +118,28 @@ def scratch_size(plan: Plan) -> int:
     return 0
 
 
-def run(plan, x, packed, bias, residual, y, workspace) -> None:
-    """As `depthwise.run`, for x, residual and y (N, T, H, W, C) in C order."""
-    compiled, fixed, items = _launch(plan, threads())
+def run(plan, x, packed, bias, residual, y, workspace, frames=None) -> None:
+    """As `depthwise.run`, for x, residual and y (N, T, H, W, C) in C order.
+
+    frames: addresses (N, KT) of the frames that make the only column along T, instead of x
+    """
+    compiled, fixed, items = _launch(plan, threads(), frames is not None)
     bias = None if bias is None else np.ascontiguousarray(bias, plan.dtype)
     arrays = (x, y, residual, bias, packed)
     zeros = address(packed) + packed.nbytes - _zeros(plan) * packed.itemsize
-    parallel_for(compiled, (*map(address, arrays), *fixed, zeros), items)
+    parallel_for(compiled, (*map(address, arrays), *fixed, zeros, address(frames)), items)
 
 
 @functools.lru_cache(maxsize=256)
-def _launch(plan: Plan, workers: int) -> tuple[Kernel, tuple[int, ...], int]:
+def _launch(plan: Plan, workers: int, listed: bool) -> tuple[Kernel, tuple[int, ...], int]:
     """The kernel of a plan, the parameters between its arrays and its zeros, how many items."""
     geometry, shape = plan.geometry.lifted(), tile_shape(plan)
     vectors, itemsize = Vectors.of(geometry, plan.dtype), np.dtype(plan.dtype).itemsize
+    if geometry.macs < SERIAL_MACS:
+        workers = 1
     groups, strips, chunks = _cut(geometry, vectors, shape.rows, itemsize, workers)
     x_and_y = itemsize * (prod(geometry.x_shape) + prod(geometry.y_shape))
-    far = x_and_y > PREFETCH_BYTES
+    far = x_and_y > PREFETCH_BYTES and not listed
     fixed = (
         activation_number(plan.epilogue),
         *geometry.in_size, geometry.in_channels, geometry.out_channels,
@@ -144,7 +150,7 @@ def _launch(plan: Plan, workers: int) -> tuple[Kernel, tuple[int, ...], int]:
     )  # fmt: skip
     constants = (
         plan.dtype, itemsize, vectors.lanes, shape.rows, shape.cols, shape.kh, shape.kw,
-        shape.stride_h, shape.stride_w, vectors.spread,
+        shape.stride_h, shape.stride_w, vectors.spread, int(listed),
     )  # fmt: skip
     return kernel(tile_kernel, *constants), fixed, geometry.batch * groups * strips * chunks
 
