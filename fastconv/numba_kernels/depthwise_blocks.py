@@ -155,19 +155,27 @@ def _unrolled(
             row, step = code.select(exists, row, zeros), code.select(exists, step, 0)
         rows.append((row, step))
 
+    taps = shape.kh * shape.kw
+    # All weights of a frame in registers beside the sums, or only those of a row of input.
+    hold = shape.rows * shape.cols + taps < register_count() - 3
+
     def frame(k: Int, acc: list[Vec]) -> list[Vec]:
-        taps = shape.kh * shape.kw
-        w = [code.load(weights, (k * taps + tap) * code.lanes) for tap in range(taps)]
+        def load_weights(needed: set[int]) -> dict[int, Vec]:
+            return {t: code.load(weights, (k * taps + t) * code.lanes) for t in sorted(needed)}
+
+        w = load_weights(set(range(taps)) if hold else set())
         frame_or_number = int_at(code, table, k) if shape.listed else k
         acc = list(acc)
         for r, (row, step) in enumerate(rows):
             acc = _pinned(code, acc)
+            uses = [shape.uses(r, q) for q in range(shape.in_cols)]
+            if not hold:
+                w = load_weights({tap for pairs in uses for _, tap in pairs})
             place = row + frame_or_number * step
-            for q in range(shape.in_cols):
-                uses = shape.uses(r, q)
-                if uses:
+            for q, pairs in enumerate(uses):
+                if pairs:
                     pixel = load(place, x_col * q, masks[q])
-                for output, tap in uses:
+                for output, tap in pairs:
                     acc[output] = fma(pixel, w[tap], acc[output])
         return acc
 

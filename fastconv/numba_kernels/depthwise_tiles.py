@@ -78,7 +78,10 @@ def tile_shape(plan: Plan) -> Shape:
     _, height, width = geometry.out_size
     (_, kh, kw), (_, stride_h, stride_w) = geometry.kernel, geometry.stride
     many = register_count() > 16
-    best = min((7, 8, 5, 4) if many else (4, 3), key=lambda cols: -(-width // cols) * (cols + 1))
+    # Wide tiles reuse more; where memory is far, what a tile reads and asks for must stay in L1.
+    choice = (7, 8, 5, 4) if many and not _is_far(geometry, plan.dtype) else (4, 3)
+    # Least outputs in tiles, one more for the start of each.
+    best = min(choice, key=lambda cols: -(-width // cols) * (cols + 1))
     cols = options.get("cols", best)
     rows = min(options.get("rows", 2), height)
     fits = (
@@ -91,6 +94,12 @@ def tile_shape(plan: Plan) -> Shape:
     if fits and options.get("unrolled", geometry.macs >= UNROLLED_MACS):
         return Shape(rows, cols, kh, kw, stride_h, stride_w)
     return Shape(rows=1, cols=8 if many else 4)
+
+
+def _is_far(geometry: Geometry, dtype: str) -> bool:
+    """Whether x and y come from memory rather than from a cache."""
+    elements = prod(geometry.x_shape) + prod(geometry.y_shape)
+    return elements * np.dtype(dtype).itemsize > PREFETCH_BYTES
 
 
 def pack(weights: np.ndarray, plan: Plan) -> np.ndarray:
@@ -138,8 +147,7 @@ def _launch(plan: Plan, workers: int, listed: bool) -> tuple[Kernel, tuple[int, 
     if geometry.macs < SERIAL_MACS:
         workers = 1
     groups, strips, chunks = _cut(geometry, vectors, shape.rows, itemsize, workers)
-    x_and_y = itemsize * (prod(geometry.x_shape) + prod(geometry.y_shape))
-    far = x_and_y > PREFETCH_BYTES and not listed
+    far = not listed and _is_far(geometry, plan.dtype)
     fixed = (
         activation_number(plan.epilogue),
         *geometry.in_size, geometry.in_channels, geometry.out_channels,
