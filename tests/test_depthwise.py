@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,7 +15,7 @@ from hypothesis import given
 import cases
 import pages
 import tolerance
-from fastconv.backends import kernel
+from fastconv.backends import instruction_sets, kernel
 from fastconv.epilogue import ACTIVATIONS, Epilogue
 from fastconv.geometry import Geometry
 from fastconv.plan import CHANNELS_LAST, LAYOUTS, Plan
@@ -262,6 +268,54 @@ def test_layers_of_networks_take_the_form_made_for_them(geometry, form):
     assert depthwise._form(plan).__name__.endswith(form)
     if form == "depthwise_tiles":
         assert depthwise_tiles.tile_shape(plan).kh == geometry.kernel[1]
+
+
+LAYERS = """
+import cases, tolerance
+from fastconv.numba_kernels import simd
+from test_depthwise import LOOPED, UNROLLED, geometry_of, plan_for
+from fastconv.epilogue import Epilogue
+for kernel_size, padding, config in (
+    ((3, 3, 3), 1, UNROLLED), ((3, 3, 3), 1, LOOPED), ((3, 1, 1), (1, 0, 0), UNROLLED)
+):
+    geometry = geometry_of(19, (3, 7, 9), kernel_size, 1, padding)
+    plan = plan_for("numba", geometry, epilogue=Epilogue(True, "silu", True), config=config)
+    arrays = cases.arrays_for(plan)
+    tolerance.assert_conv_close(cases.execute(plan, *arrays), plan, *arrays)
+"""
+
+
+def run_python(code: str, **environment: str) -> str:
+    """What a fresh process prints."""
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@needs_numba
+def test_a_second_process_compiles_nothing(tmp_path):
+    code = LAYERS + "print(*(k.from_cache for k in simd.compiled()))"
+    assert run_python(code, NUMBA_CACHE_DIR=str(tmp_path)) == "False False False"
+    assert run_python(code, NUMBA_CACHE_DIR=str(tmp_path)) == "True True True"
+
+
+@needs_numba
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names of x86 CPUs")
+@pytest.mark.parametrize(
+    ("cpu", "features"), [("haswell", "+avx,+avx2,+fma"), ("generic", "")], ids=["avx2", "sse2"]
+)
+def test_other_instruction_sets(cpu, features):
+    if features and not {"avx2", "fma"} <= set(instruction_sets()):
+        pytest.skip("this CPU has no AVX2")
+    code = LAYERS + "print(simd.register_count())"
+    assert run_python(code, NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES=features) == "16"
 
 
 @backends
