@@ -203,7 +203,7 @@ def test_several_python_threads_may_call_at_once():
     for worker in workers:
         worker.join()
     # A new Python thread starts with all of Numba's threads, whatever this one was set to.
-    most = numba.config.NUMBA_NUM_THREADS
+    most = simd.numba.config.NUMBA_NUM_THREADS
     assert all(((c >= 20) & (c <= 20 * most)).all() for c in results)
 
 

@@ -190,7 +190,7 @@ def _rewritten(model: nn.Module, channels_last: bool, **options: Any) -> nn.Modu
     converted: dict[int, nn.Module] = {}
     for parent in list(new.modules()):
         for name, child in list(parent._modules.items()):
-            replacement = REPLACEMENTS.get(type(child))
+            replacement = None if child is None else REPLACEMENTS.get(type(child))
             if child is not None and replacement is not None:
                 if id(child) not in converted:
                     converted[id(child)] = replacement.convert(
