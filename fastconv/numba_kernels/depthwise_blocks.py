@@ -1,8 +1,8 @@
 """Depthwise tiles: several outputs along H and W of one vector of channels, kept in registers.
 
-Nothing is packed or padded: rows outside the image are skipped, columns and channels outside it are
-masked loads, and only tiles at an edge pay for either. With the taps known when compiling, a row of
-input is loaded once for all outputs and taps that read it; otherwise loops run over the taps.
+Nothing is copied or padded: outside the image a row is read from a line of zeros, columns and
+channels are masked, and only tiles at an edge pay for either. With the taps known when compiling, a
+row of input is loaded once for all outputs and taps that read it; otherwise loops run over the taps.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def tile(
     x: where input row `top`, column `left` of the first frame is, or would be; how far behind a
         frame's begin, if the frames are listed in the table
     bias, residual: 0 for none
-    lanes_in, lanes_out: channels that exist from here on; count: columns of outputs that exist
+    lanes_in, lanes_out: channels that exist from here on;  count: columns of outputs that exist
     next_x, next_y: from where on to fetch into the cache for later tiles; 0 for nothing
     """
     shape = Tile(rows, cols, kh, kw, stride_h, stride_w, spread, masked, listed)
