@@ -1,8 +1,8 @@
 """Depthwise tiles: several outputs along H and W of one vector of channels, kept in registers.
 
 Nothing is copied or padded: outside the image a row is read from a line of zeros, columns and
-channels are masked, and only tiles at an edge pay for either. With the taps known when compiling, a
-row of input is loaded once for all outputs and taps that read it; otherwise loops run over the taps.
+channels are masked, and only tiles at an edge pay for either. With the taps known when compiling,
+a row of input is loaded once for all outputs and taps that read it; otherwise loops run over them.
 """
 
 from __future__ import annotations
