@@ -41,7 +41,7 @@ class Row:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command; 0 if the outputs agree within the stated bound, else 1."""
+    """The command; raises if the outputs do not agree within the stated bound."""
     for package, title in (("torch", "PyTorch"), ("tqdm", "tqdm")):
         if not backends.installed(package):
             raise BackendError(
@@ -54,9 +54,16 @@ def run(args: argparse.Namespace) -> int:
     clip, path = _clip(args)
     import torch
 
+    from .zoo import build
+
     torch.set_num_threads(args.threads or torch.get_num_threads())
-    with torch.inference_mode(), _progress() as step:
-        return _compare(args, clip, path, step)
+    with _progress() as step:
+        step(f"building {args.network}")
+        options: dict[str, Any] = {"clip": clip.data.shape[1:]} if args.network == "c3d" else {}
+        network = build(args.network, **options).eval()
+        with torch.inference_mode():
+            _compare(args.network, args.backend, network, clip, path, step)
+    return 0
 
 
 def _clip(args: argparse.Namespace) -> tuple[Clip, Path]:
@@ -67,21 +74,25 @@ def _clip(args: argparse.Namespace) -> tuple[Clip, Path]:
     return read_clip(path, preprocessing), path
 
 
-def _compare(args: argparse.Namespace, clip: Clip, path: Path, step: Callable[[str], None]) -> int:
+def _compare(
+    network_name: str,
+    backend: str,
+    network: nn.Module,
+    clip: Clip,
+    path: Path,
+    step: Callable[[str], None],
+) -> None:
+    """Run both, time both, print; UnsupportedError if the outputs differ beyond the bound."""
     import torch
 
     from .nn.rewrite import accelerate
-    from .zoo import build
 
-    step(f"building {args.network}")
-    options: dict[str, Any] = {"clip": clip.data.shape[1:]} if args.network == "c3d" else {}
-    network = build(args.network, **options).eval()
     # PyTorch is given its faster layout for video too.
     peer: Any = copy.deepcopy(network)
     peer.to(memory_format=torch.channels_last_3d)
     x = torch.from_numpy(clip.data)[None].to(memory_format=torch.channels_last_3d)
     step("planning, compiling on first use, checking against float64")
-    ours, report = accelerate(network, x, backend=args.backend)
+    ours, report = accelerate(network, x, backend=backend)
     names = [layer.name for layer in report.layers]
     totals: dict[str, list[float]] = {"torch": [], "ours": []}
     per_layer: dict[str, dict[str, list[float]]] = {
@@ -98,8 +109,7 @@ def _compare(args: argparse.Namespace, clip: Clip, path: Path, step: Callable[[s
                     per_layer[who][name].append(ms)
     step("")
     print("\n".join(_table(_rows(report, per_layer))))
-    print("\n".join(_summary(args.network, clip, path, report, totals, peer(x), ours(x))))
-    return 0
+    print("\n".join(_summary(network_name, clip, path, report, totals, peer(x), ours(x))))
 
 
 def _timed(model: nn.Module, x: Tensor, names: list[str]) -> tuple[float, dict[str, float]]:

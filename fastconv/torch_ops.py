@@ -39,6 +39,7 @@ _ACTIVATIONS = {
 _packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
 # PyTorch has a memory format for 2 and 3 axes; one axis is channels last by its strides.
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+_IN_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 _SAMPLES = 256  # elements that guard packed weights against writes PyTorch does not count
 
 
@@ -240,8 +241,7 @@ class Runner:
         layout = self.plan.layout
         x = dense(x, layout)
         if self._convolve is not None:
-            with torch.no_grad():
-                return dense(self._convolve(x, packed, bias, self.plan.geometry), layout)
+            return dense(self._convolve(x, packed, bias, self.plan.geometry), layout)
         residual = dense(residual, layout)
         y = new_dense(self._y_shape, x, layout)
         if not y.numel():
@@ -273,11 +273,12 @@ class PackedWeights:
     """The packed forms of one weight tensor, for as long as nobody writes it.
 
     A write is seen by PyTorch's version counter or, for writes through `.data` and other aliases
-    that it does not count, by a sample of the elements.
+    that it does not count, by a sample of the elements. Inference tensors have no counter: there
+    the sample is the whole tensor.
     """
 
     def __init__(self, weight: Tensor) -> None:
-        self._pointer, self._version = weight.data_ptr(), weight._version
+        self._pointer, self._version = weight.data_ptr(), _version(weight)
         self._sample = _sample(weight)
         self._values = self._sample.tobytes()
         self._packed: dict[Plan | Runner, Any] = {}
@@ -285,7 +286,7 @@ class PackedWeights:
     def are_of(self, weight: Tensor) -> bool:
         """Whether this is still the memory and the content that was packed."""
         return (
-            weight._version == self._version
+            _version(weight) == self._version
             and weight.data_ptr() == self._pointer
             and self._sample.tobytes() == self._values
         )
@@ -300,8 +301,6 @@ class PackedWeights:
 
 def held_weights(weight: Tensor) -> PackedWeights:
     """The packed weights kept for a tensor, new ones if it was written meanwhile."""
-    if weight.is_inference():
-        return PackedWeights(weight)
     held = _packed.get(weight)
     if held is None or not held.are_of(weight):
         held = _packed[weight] = PackedWeights(weight)
@@ -313,13 +312,17 @@ def packed_weights(plan: Plan, weight: Tensor) -> Any:
     return held_weights(weight).form(runner(plan), weight)
 
 
+def _version(weight: Tensor) -> int:
+    return -1 if weight.is_inference() else weight._version
+
+
 def _sample(weight: Tensor) -> np.ndarray:
-    """A view of up to _SAMPLES elements, evenly spaced; empty where NumPy cannot see them."""
+    """A view of evenly spaced elements, about _SAMPLES; empty where NumPy cannot see them."""
     if weight.device.type != "cpu" or not weight.is_contiguous():
         return np.empty(0)
     flat = weight.detach().view(-1)
     # Two bytes at a time: NumPy has no bfloat16.
-    step = max(1, flat.numel() // _SAMPLES)
+    step = 1 if weight.is_inference() else max(1, flat.numel() // _SAMPLES)
     return flat.view(torch.int16).numpy().reshape(flat.numel(), -1)[::step]
 
 
@@ -337,12 +340,13 @@ def _view(tensor: Tensor | None) -> Any:
 
 def new_dense(shape: Sequence[int], like: Tensor, layout: str) -> Tensor:
     """An uninitialised tensor (N, C, *size) in a layout."""
-    if layout == CONTIGUOUS:
-        return like.new_empty(shape)
-    if len(shape) in _CHANNELS_LAST:
-        memory_format = _CHANNELS_LAST[len(shape)]
-        return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
-    return like.new_empty((shape[0], *shape[2:], shape[1])).movedim(-1, 1)
+    memory = shape if layout == CONTIGUOUS else (shape[0], *shape[2:], shape[1])
+    if type(like) is Tensor and like.dtype in _IN_NUMPY and like.device.type == "cpu":
+        # NumPy asks the system for huge pages from 4 MB on: fresh memory costs a quarter.
+        y = torch.from_numpy(np.empty(memory, _IN_NUMPY[like.dtype]))
+    else:
+        y = like.new_empty(memory)
+    return y if layout == CONTIGUOUS else y.movedim(-1, 1)
 
 
 def dense(tensor: MaybeTensor, layout: str) -> MaybeTensor:

@@ -114,6 +114,15 @@ def test_packed_weights_follow_every_write(write):
         close(fastconv.conv3d(x, w), F.conv3d(x, w))
 
 
+def test_packed_weights_of_inference_tensors_follow_writes():
+    x, w = tensors((1, 4, 4, 6, 6), (300, 4, 3, 3, 3))
+    with torch.inference_mode():
+        w = w.clone()
+        fastconv.conv3d(x, w)
+        w[7, 1, 2, 1, 0] += 1
+        close(fastconv.conv3d(x, w), F.conv3d(x, w))
+
+
 def test_packed_weights_die_with_their_tensor():
     x, w = tensors((1, 4, 4, 6, 6), (6, 4, 3, 3, 3))
     before = len(torch_ops._packed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -37,26 +38,28 @@ def convolve(
     x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, geometry: Geometry
 ) -> torch.Tensor:
     """x (N, C, *in_size), w as `prepack` leaves it -> (N, K, *out_size)."""
+    function, widths, arguments = _call(geometry)
+    if geometry.n == 1:
+        x = x.unsqueeze(2)
+    if widths:
+        x = F.pad(x, widths)
+    y = function(x, w, bias, *arguments)
+    return y.squeeze(2) if geometry.n == 1 else y
+
+
+@lru_cache(maxsize=4096)
+def _call(geometry: Geometry) -> tuple[Any, list[int], tuple[Any, ...]]:
+    """PyTorch's function, the padding it cannot do, and its arguments behind the bias."""
+    padding, stride, dilation = geometry.padding, geometry.stride, geometry.dilation
     if geometry.n == 1:
         # Two axes have a channels-last memory format, one axis has none.
-        padding = ((0, 0), *geometry.padding)
-        stride, dilation = (1, *geometry.stride), (1, *geometry.dilation)
-        return _convolve(
-            F.conv2d, x.unsqueeze(2), w, bias, stride, padding, dilation, geometry.groups
-        ).squeeze(2)
-    conv = F.conv2d if geometry.n == 2 else F.conv3d
-    return _convolve(
-        conv, x, w, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups
-    )
-
-
-def _convolve(conv, x, w, bias, stride, padding, dilation, groups) -> torch.Tensor:
-    # F.conv pads both sides alike; what one side has more is padded here.
+        padding, stride, dilation = ((0, 0), *padding), (1, *stride), (1, *dilation)
+    # F.conv pads both sides alike; what one side has more is padded before.
     both = [min(pair) for pair in padding]
     rest = [(a - p, b - p) for (a, b), p in zip(padding, both, strict=True)]
-    if any(map(any, rest)):
-        x = F.pad(x, [side for pair in reversed(rest) for side in pair])
-    return conv(x, w, bias, stride, both, dilation, groups)
+    widths = [side for pair in reversed(rest) for side in pair] if any(map(any, rest)) else []
+    function = F.conv3d if geometry.n == 3 else F.conv2d
+    return function, widths, (stride, both, dilation, geometry.groups)
 
 
 def finish(
