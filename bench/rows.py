@@ -23,9 +23,9 @@ from .results import OURS, Row
 from .roofline import Roofline
 
 REFUSALS = (UnsupportedError, BackendError, GeometryError)
-# Idle threads of other libraries spin for a while after their work: short calls wait until those
-# sleep, and until their own caches and threads are back.
-PAUSE_S, SHORT_MS = 0.003, 20.0
+# Idle threads of other libraries spin for a while after their work, and a core that slept is slow:
+# a short call is timed behind calls of its own for this long.
+WARM_S, SHORT_MS = 0.005, 20.0
 FLUSH_BYTES = 1 << 27  # larger than any cache
 # Networks take long and are few, their single layers are many.
 NETWORK_SHARE, LAYER_SHARE = 3.0, 0.3
@@ -162,7 +162,7 @@ def _time(rows: list[Row], ready: Mapping[str, Prepared], settings: Settings) ->
 def timed(functions: Mapping[str, Callable[[], object]], settings: Settings) -> dict[str, Timing]:
     """Time functions by turns on the CPU, with cold caches or with warm ones.
 
-    Warm: a call follows another of the same function, which is not timed, so that caches and
+    Warm: a call follows others of the same function, which are not timed, so that caches and
     threads are its own; long calls warm themselves. Cold: a large array is written before each.
     """
     turns: dict[str, Callable[[], object]] = {}
@@ -175,18 +175,19 @@ def timed(functions: Mapping[str, Callable[[], object]], settings: Settings) -> 
         if trash is not None:
             turns[f"{name} before"] = lambda trash=trash: np.add(trash, 1, out=trash)  # type: ignore[misc]
         elif short:
-            turns[f"{name} before"] = _after_a_pause(function)
+            turns[f"{name} before"] = _warm(function)
         turns[name] = function
     found = measure(turns, repeats=settings.repeats, warmup=1, budget_s=settings.budget_s)
     return {name: found[name] for name in functions}
 
 
-def _after_a_pause(function: Callable[[], object]) -> Callable[[], object]:
-    def call() -> None:
-        time.sleep(PAUSE_S)
-        function()
+def _warm(function: Callable[[], object]) -> Callable[[], object]:
+    def calls() -> None:
+        end = time.perf_counter() + WARM_S
+        while time.perf_counter() < end:
+            function()
 
-    return call
+    return calls
 
 
 def _arithmetic(prepared: Prepared, roofs: Roofline, ms: float, dtype: str) -> Row:
