@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from math import prod
 
 from .counts import of_plan
 from .geometry import Geometry
@@ -32,19 +33,27 @@ class Rate:
 
 FAST = {
     ("numba", "winograd"): Rate(105, 30),
-    ("numba", "depthwise"): Rate(75),
-    ("numba", "grouped"): Rate(90),
+    ("numba", "depthwise"): Rate(64, bytes=35, call_ms=0.02),
+    ("numba", "grouped"): Rate(120, call_ms=0.02),
     ("numba", "hfa"): Rate(90, 30),
     ("numba", "continual"): Rate(60, bytes=20),
-    ("torch", "depthwise"): Rate(40, bytes=25),
-    ("torch", "grouped"): Rate(120),
+    ("torch", "depthwise"): Rate(36, bytes=25, call_ms=0.01),
+    ("torch", "grouped"): Rate(125, call_ms=0.01),
     ("torch", "hfa"): Rate(70, bytes=25),
     ("torch", "continual"): Rate(50, bytes=15, call_ms=0.05),
 }
 # The definition in NumPy, and backends without measurements yet.
 SLOW = Rate(0.5, 0.05, 1.0, 0.2)
-TORCH_SMALL_GROUPS = 40.0  # oneDNN's grouped convolution with few channels per group
+# Slower cases, in multiplications per nanosecond and thread.
+NUMBA_GROUPS = 92.0  # several groups: output pixels in the lanes
+TORCH_GROUPS = 45.0  # oneDNN with few channels per group
+TORCH_POINTWISE = 112.0
+TORCH_THIN = 30.0  # oneDNN with fewer than 8 input channels, or several taps on few pixels
+THIN_CHANNELS, FEW_PIXELS = 8, 256
+TORCH_CONTIGUOUS_DEPTHWISE = 8.0
 LAYOUT_BYTES = 8.0  # the reorder of contiguous arrays
+# Transformed weights are streamed once per block of tiles: from a cache that holds them, or not.
+TILES_PER_BLOCK, CACHE_BYTES, CACHED_BYTES_PER_NS, MEMORY_BYTES_PER_NS = 28, 32 << 20, 60.0, 25.0
 
 
 def multiplications(plan: Plan) -> int:
@@ -56,19 +65,49 @@ def estimate_ms(plan: Plan) -> float:
     """Expected time of one run in milliseconds."""
     rate = FAST.get((plan.backend, plan.family), SLOW)
     counts, threads = of_plan(plan), _threads()
-    per_ns = rate.multiplications
-    if plan.backend == "torch" and isinstance(plan.geometry, Geometry) and plan.geometry.groups > 1:
-        per_ns = min(per_ns, TORCH_SMALL_GROUPS)
     operations = (
         counts.transform_additions + counts.transform_shifts + counts.transform_multiplications
     )
-    compute = (
-        float(counts.multiplications) / per_ns + float(operations) / rate.transforms
-    ) / threads
+    compute = float(counts.multiplications) / _per_ns(plan, rate.multiplications)
+    compute = (compute + float(operations) / rate.transforms) / threads
     memory = (counts.activation_bytes + counts.weight_bytes) / rate.bytes
     if plan.layout == CONTIGUOUS:
         memory += 2 * counts.activation_bytes / LAYOUT_BYTES
-    return max(compute, memory) / 1e6 + rate.call_ms
+    return (max(compute, memory) + _streaming(plan, threads)) / 1e6 + rate.call_ms
+
+
+def _per_ns(plan: Plan, usual: float) -> float:
+    """Multiplications per nanosecond and thread, where a case is slower than its family."""
+    geometry = plan.geometry
+    if not isinstance(geometry, Geometry):
+        return usual
+    if plan.backend == "numba" and plan.family == "grouped" and geometry.groups > 1:
+        return min(usual, NUMBA_GROUPS)
+    if plan.backend == "torch":
+        if plan.family == "depthwise" and plan.layout == CONTIGUOUS:
+            return min(usual, TORCH_CONTIGUOUS_DEPTHWISE)
+        if geometry.groups > 1:
+            return min(usual, TORCH_GROUPS)
+        few = geometry.taps > 1 and geometry.batch * prod(geometry.out_size) < FEW_PIXELS
+        if few or geometry.in_channels < THIN_CHANNELS:
+            return min(usual, TORCH_THIN)
+        if geometry.taps == 1:
+            return min(usual, TORCH_POINTWISE)
+    return usual
+
+
+def _streaming(plan: Plan, threads: int) -> float:
+    """Nanoseconds that a Winograd kernel waits for its transformed weights."""
+    geometry = plan.geometry
+    if plan.family != "winograd" or not isinstance(geometry, Geometry):
+        return 0.0
+    weight_bytes = of_plan(plan).weight_bytes
+    tiles = geometry.batch * prod(
+        -(-o // t.m) for o, t in zip(geometry.out_size, plan.transforms, strict=True)
+    )
+    passes = max(1.0, tiles / (TILES_PER_BLOCK * threads))
+    cached = weight_bytes <= CACHE_BYTES
+    return weight_bytes * passes / (CACHED_BYTES_PER_NS if cached else MEMORY_BYTES_PER_NS)
 
 
 def _threads() -> int:

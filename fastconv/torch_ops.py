@@ -234,7 +234,8 @@ class Runner:
         # PyTorch's convolution allocates its own result: one pass over memory less than `run`.
         plain = isinstance(plan.epilogue, Epilogue) and plan.epilogue.plain
         direct = plan.backend == "torch" and plan.family in ("grouped", "depthwise")
-        self._convolve = module.convolve if direct and plain else None
+        dense_module = backends.kernel("grouped", "torch") if direct and plain else None
+        self._convolve = None if dense_module is None else dense_module.convolve
 
     def __call__(self, x: Tensor, packed: Any, bias: Any, residual: Tensor | None = None) -> Tensor:
         """y (N, K, *out_size) in the plan's layout, without a gradient; x may have any strides."""
