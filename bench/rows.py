@@ -23,9 +23,9 @@ from .results import OURS, Row
 from .roofline import Roofline
 
 REFUSALS = (UnsupportedError, BackendError, GeometryError)
-# Idle threads of other libraries spin for a while after their work, and a core that slept is slow:
-# a short call is timed behind calls of its own for this long.
-WARM_S, SHORT_MS = 0.005, 20.0
+# The idle threads of other libraries spin on after their work, and a core that slept is slow:
+# before a turn of short calls those get time to fall asleep, and untimed calls wake our own.
+PAUSE_S, WARM_S, SHORT_MS, BURST = 0.02, 0.005, 20.0, 5
 FLUSH_BYTES = 1 << 27  # larger than any cache
 # Networks take long and are few, their single layers are many.
 NETWORK_SHARE, LAYER_SHARE = 3.0, 0.3
@@ -162,10 +162,10 @@ def _time(rows: list[Row], ready: Mapping[str, Prepared], settings: Settings) ->
 def timed(functions: Mapping[str, Callable[[], object]], settings: Settings) -> dict[str, Timing]:
     """Time functions by turns on the CPU, with cold caches or with warm ones.
 
-    Warm: a call follows others of the same function, which are not timed, so that caches and
-    threads are its own; long calls warm themselves. Cold: a large array is written before each.
+    Warm: a turn of short calls follows a pause and calls that are not timed, so that caches, cores
+    and threads are its own; long calls warm themselves. Cold: a large array is written before each.
     """
-    turns: dict[str, Callable[[], object]] = {}
+    before: dict[str, Callable[[], object]] = {}
     trash = np.zeros(FLUSH_BYTES // 4, np.float32) if settings.cold else None
     for name, function in functions.items():
         function()
@@ -173,16 +173,22 @@ def timed(functions: Mapping[str, Callable[[], object]], settings: Settings) -> 
         function()
         short = 1e3 * (time.perf_counter() - start) < SHORT_MS
         if trash is not None:
-            turns[f"{name} before"] = lambda trash=trash: np.add(trash, 1, out=trash)  # type: ignore[misc]
+            before[name] = lambda trash=trash: np.add(trash, 1, out=trash)  # type: ignore[misc]
         elif short:
-            turns[f"{name} before"] = _warm(function)
-        turns[name] = function
-    found = measure(turns, repeats=settings.repeats, warmup=1, budget_s=settings.budget_s)
-    return {name: found[name] for name in functions}
+            before[name] = _waking(function)
+    return measure(
+        functions,
+        repeats=settings.repeats,
+        warmup=1,
+        budget_s=settings.budget_s,
+        before=before,
+        burst=1 if settings.cold or not before else min(BURST, settings.repeats),
+    )
 
 
-def _warm(function: Callable[[], object]) -> Callable[[], object]:
+def _waking(function: Callable[[], object]) -> Callable[[], object]:
     def calls() -> None:
+        time.sleep(PAUSE_S)
         end = time.perf_counter() + WARM_S
         while time.perf_counter() < end:
             function()

@@ -5,11 +5,9 @@ This module owns every allocation: output, workspace and packed weights. Kernels
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -18,7 +16,8 @@ from . import backends, planner
 from .epilogue import Epilogue
 from .errors import GeometryError, UnsupportedError
 from .geometry import Geometry, SeparableGeometry
-from .plan import CHANNELS_LAST, CONTIGUOUS, Plan
+from .layouts import CONTIGUOUS, dense_layout, is_tensor, layout_of
+from .plan import Plan
 
 Array = Any  # np.ndarray or torch.Tensor
 NUMPY_DTYPES = ("float32", "float64")
@@ -461,30 +460,6 @@ def run_step(
     x, residual = _dense(x, plan.layout), _dense(residual, plan.layout)
     scratch = workspace(module.workspace_size(plan), y.dtype)
     module.run(plan, x, packed, bias, residual, state.frames, state.steps, y, scratch)
-
-
-def is_tensor(array: Any) -> bool:
-    """Whether this is a PyTorch tensor, without importing PyTorch."""
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(array, torch.Tensor)
-
-
-def dense_layout(array: Array) -> str | None:
-    """The layout an array (N, C, *size) is dense in, contiguous if in both; None if it has gaps."""
-    size = array.shape[2:]
-    if is_tensor(array):
-        plain, last = array.is_contiguous(), array.movedim(1, -1).is_contiguous()
-    else:
-        plain = array.flags.c_contiguous
-        last = np.moveaxis(array, 1, -1).flags.c_contiguous
-    if plain and last and prod(size) == 1:
-        return CHANNELS_LAST  # both orders are the same memory
-    return CONTIGUOUS if plain else CHANNELS_LAST if last else None
-
-
-def layout_of(array: Array) -> str:
-    """The layout to compute in: the array's own, or contiguous for a view with gaps."""
-    return dense_layout(array) or CONTIGUOUS
 
 
 def _dense(array: Array | None, layout: str) -> Array:

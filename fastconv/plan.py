@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 
 from .epilogue import Epilogue
 from .geometry import Geometry, SeparableGeometry
+from .layouts import CHANNELS_LAST, CONTIGUOUS, LAYOUTS
 from .transforms import Transform
 
-CONTIGUOUS = "contiguous"  # NCTHW
-CHANNELS_LAST = "channels_last_3d"  # NTHWC; the same name is used for 1 and 2 axes
-LAYOUTS = (CONTIGUOUS, CHANNELS_LAST)
+__all__ = ["CHANNELS_LAST", "CONTIGUOUS", "LAYOUTS", "Plan"]
 
 
 @dataclass(frozen=True)

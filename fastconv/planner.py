@@ -13,7 +13,8 @@ from . import backends, costs
 from .epilogue import Epilogue
 from .errors import BackendError, UnsupportedError
 from .geometry import Geometry, SeparableGeometry
-from .plan import CHANNELS_LAST, Plan
+from .layouts import CHANNELS_LAST, is_tensor, layout_of
+from .plan import Plan
 from .transforms import amplification, transform
 
 ALGORITHMS = ("auto", "direct", "winograd", "depthwise", "grouped")
@@ -106,7 +107,8 @@ def candidates(
             if reason is not None:
                 found.append(Candidate(base, reason=reason))
                 continue
-            found.extend(_priced(p, tolerance) for p in _variants(base, tile))
+            variants = [_priced(p, tolerance) for p in _variants(base, tile)]
+            found.extend(variants or [Candidate(base, reason="no tile fits taps and output")])
     return tuple(sorted(found, key=lambda c: c.estimate_ms))
 
 
@@ -131,13 +133,21 @@ def explanation(
     tolerance: float = DEFAULT_TOLERANCE,
     activation: str = "none",
     dtype: str | None = None,
-    device: str = "cpu",
-    layout: str = CHANNELS_LAST,
+    device: str | None = None,
+    layout: str | None = None,
 ) -> str:
-    """The text that `explain` prints, one line per candidate."""
+    """The text that `explain` prints, one line per candidate.
+
+    dtype, device, layout: of the input where it is an array; for a shape float32, cpu, channels
+        last, unless given
+    """
     x_shape, w_shape = (tuple(getattr(a, "shape", a)) for a in (input, weight))
     geometry = Geometry.of(x_shape, w_shape, stride, padding, dilation, groups)
     dtype = dtype or str(getattr(input, "dtype", "float32")).removeprefix("torch.")
+    if device is None:
+        device = input.device.type if is_tensor(input) else "cpu"
+    if layout is None:
+        layout = layout_of(input) if hasattr(input, "dtype") else CHANNELS_LAST
     found = candidates(
         geometry,
         dtype,

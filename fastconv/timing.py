@@ -43,31 +43,38 @@ def measure(
     repeats: int = 20,
     warmup: int = 2,
     budget_s: float = float("inf"),
+    before: Mapping[str, Callable[[], object]] | None = None,
+    burst: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time functions by turns, so that a slow spell of the machine falls on all of them.
 
-    Each round calls every function once, in the given order. `warmup` rounds are not counted (they
-    compile, pack and fill caches) nor charged to the budget; then come `repeats` rounds, fewer if
-    `budget_s` seconds are used up, but never fewer than one.
+    Each round gives every function its turn, in the given order: `before[name]`, if there is one,
+    untimed, then `burst` timed calls. `warmup` rounds are not counted (they compile, pack and fill
+    caches) nor charged to the budget; then come rounds until each function was timed `repeats`
+    times, fewer if `budget_s` seconds are used up, but never fewer than one.
 
-    Raises ValueError if `repeats` is less than 1 or `warmup` is negative.
+    Raises ValueError if `repeats` or `burst` is less than 1 or `warmup` is negative.
     """
-    if repeats < 1 or warmup < 0:
+    if repeats < 1 or burst < 1 or warmup < 0:
         raise ValueError(
-            "measure: expected repeats >= 1 and warmup >= 0, "
-            f"got repeats {repeats}, warmup {warmup}"
+            "measure: expected repeats >= 1, burst >= 1 and warmup >= 0, "
+            f"got repeats {repeats}, burst {burst}, warmup {warmup}"
         )
+    before = before or {}
     for _ in range(warmup):
         for function in functions.values():
             function()
     samples: dict[str, list[float]] = {name: [] for name in functions}
     start = clock()
-    for _ in range(repeats):
+    for _ in range(-(-repeats // burst)):
         for name, function in functions.items():
-            before = clock()
-            function()
-            samples[name].append(1e3 * (clock() - before))
+            if name in before:
+                before[name]()
+            for _ in range(burst):
+                began = clock()
+                function()
+                samples[name].append(1e3 * (clock() - began))
         if clock() - start >= budget_s:
             break
     return {name: Timing.of(values) for name, values in samples.items()}

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("errors", "timing"),
     ("programs",),  # below transforms: straight-line programs know nothing of convolution
-    ("geometry", "transforms", "epilogue"),
+    ("geometry", "transforms", "epilogue", "layouts"),
     ("plan",),
     ("counts", "reference", "numba_kernels", "c_kernels", "torch_kernels", "triton_kernels"),
     ("backends", "costs"),

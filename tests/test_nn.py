@@ -142,10 +142,10 @@ def test_accelerate_refuses_training_mode():
 
 
 def test_accelerate_refuses_loudly_beyond_the_bound(monkeypatch):
-    from fastconv.torch_kernels import grouped
+    from fastconv import torch_ops
 
-    right = grouped.convolve
-    monkeypatch.setattr(grouped, "convolve", lambda *a: right(*a) * 1.001)
+    right = torch_ops.Runner.__call__
+    monkeypatch.setattr(torch_ops.Runner, "__call__", lambda *a: right(*a) * 1.001)
     with pytest.raises(UnsupportedError, match="accelerate: the error of the outputs is"):
         fastconv.accelerate(
             nn.Sequential(nn.Conv3d(2, 2, 3)).eval(), torch.randn(1, 2, 5, 5, 5), backend="torch"

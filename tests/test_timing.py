@@ -75,5 +75,17 @@ def test_noisy(samples_ms, noisy):
 
 @pytest.mark.parametrize("wrong", [{"repeats": 0}, {"warmup": -1}])
 def test_impossible_counts_are_refused(wrong):
-    with pytest.raises(ValueError, match="^measure: expected repeats >= 1 and warmup >= 0, got"):
+    with pytest.raises(
+        ValueError, match="^measure: expected repeats >= 1, burst >= 1 and warmup >= 0, got"
+    ):
         measure({}, **wrong)
+
+
+def test_a_turn_is_untimed_preparation_and_a_burst():
+    calls: list[str] = []
+    functions = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    found = measure(
+        functions, repeats=4, warmup=0, before={"a": lambda: calls.append("wake a")}, burst=2
+    )
+    assert calls == ["wake a", "a", "a", "b", "b"] * 2
+    assert {timing.repeats for timing in found.values()} == {4}

@@ -86,6 +86,9 @@ class _Conv(nn.modules.conv._ConvNd):
         return plans[-1] if plans else None
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if torch.is_autocast_enabled(input.device.type):
+            # Which precision a convolution gets there is PyTorch's to decide.
+            return super()._conv_forward(input, weight, bias)  # type: ignore[no-any-return]
         padding = self.padding
         if self.padding_mode != "zeros":
             widths = self._reversed_padding_repeated_twice
@@ -125,9 +128,7 @@ class _Conv(nn.modules.conv._ConvNd):
             needs_grad = needs_grad or bias.requires_grad
             if bias.dtype != dtype or bias.device != device:
                 return False
-        if needs_grad and torch.is_grad_enabled():
-            return False
-        return not torch.is_autocast_enabled(device.type)
+        return not (needs_grad and torch.is_grad_enabled())
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_runners": {}, "_held": None}
