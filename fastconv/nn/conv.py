@@ -88,7 +88,7 @@ class _Conv(nn.modules.conv._ConvNd):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if torch.is_autocast_enabled(input.device.type):
             # Which precision a convolution gets there is PyTorch's to decide.
-            return super()._conv_forward(input, weight, bias)  # type: ignore[no-any-return]
+            return super()._conv_forward(input, weight, bias)
         padding = self.padding
         if self.padding_mode != "zeros":
             widths = self._reversed_padding_repeated_twice
