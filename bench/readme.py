@@ -51,9 +51,10 @@ def section(document: Document) -> str:
     busy = " **The machine was not quiet.**" if not_quiet(document) else ""
     lines = [
         f"{m.get('gpu') or m['cpu']}, {s['threads']} threads, float32, batch 1, {m['date'][:10]}, "
-        f"commit {m['commit'] or 'unknown'}; {', '.join(versions)}. Milliseconds, medians by turns "
-        "in one process; the best peer computes in float32 too. The error is the largest, relative "
-        f"to the largest output, against float64.{busy}"
+        f"commit {m['commit'] or 'unknown'}; {', '.join(versions)}. Peers in this run: "
+        f"{', '.join(_timed(document))}. Milliseconds, medians by turns in one process; the best "
+        "peer computes in float32 too. The error is the largest, relative to the largest output, "
+        f"against float64.{busy}"
     ]
     for kind, title in TITLES.items():
         rows = [r for r in document.cases() if r[0]["kind"] == kind and r[0]["source"] == TABLE]
@@ -83,7 +84,13 @@ def section(document: Document) -> str:
 
 
 def _named(versions: dict[str, str]) -> list[str]:
-    return [name for name in ("torch", "openvino", "onnxruntime", "numba") if name in versions]
+    return [name for name in ("torch", "numba") if name in versions]
+
+
+def _timed(document: Document) -> list[str]:
+    """Titles of the peers that were timed on any case."""
+    rows = [row for group in document.cases() for row in group if row["status"] == "ok"]
+    return [peer.title for name, peer in PEERS.items() if any(row["who"] == name for row in rows)]
 
 
 def _line(group: list[Row]) -> str:
