@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from . import backends, ops, planner
+from . import backends, ops, planner, torch_memory
 from .epilogue import Epilogue
 from .geometry import Geometry, SeparableGeometry
 from .plan import CONTIGUOUS, Plan
@@ -39,7 +39,6 @@ _ACTIVATIONS = {
 _packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
 # PyTorch has a memory format for 2 and 3 axes; one axis is channels last by its strides.
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-_IN_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 _SAMPLES = 256  # elements that guard packed weights against writes PyTorch does not count
 
 
@@ -341,10 +340,10 @@ def _view(tensor: Tensor | None) -> Any:
 
 def new_dense(shape: Sequence[int], like: Tensor, layout: str) -> Tensor:
     """An uninitialised tensor (N, C, *size) in a layout."""
-    memory = shape if layout == CONTIGUOUS else (shape[0], *shape[2:], shape[1])
-    if type(like) is Tensor and like.dtype in _IN_NUMPY and like.device.type == "cpu":
-        # NumPy asks the system for huge pages from 4 MB on: fresh memory costs a quarter.
-        y = torch.from_numpy(np.empty(memory, _IN_NUMPY[like.dtype]))
+    memory = tuple(shape) if layout == CONTIGUOUS else (shape[0], *shape[2:], shape[1])
+    plain = type(like) is Tensor and like.device.type == "cpu"
+    if plain and like.dtype in torch_memory.DTYPES:
+        y = torch_memory.empty(memory, like.dtype)
     else:
         y = like.new_empty(memory)
     return y if layout == CONTIGUOUS else y.movedim(-1, 1)

@@ -23,6 +23,7 @@ LAYERS = (
     ("autotune",),
     ("planner",),
     ("ops",),
+    ("torch_memory",),
     ("torch_ops",),
     ("nn",),
     ("video",),
@@ -45,6 +46,7 @@ THIRD_PARTY = {
     "numba_kernels": {"numpy", "numba", "llvmlite"},
     "torch_kernels": {"numpy", "torch"},
     "torch_ops": {"numpy", "torch"},
+    "torch_memory": {"numpy", "torch"},
     "nn": {"numpy", "torch"},
     "zoo": {"torch"},
     "bench.fma": {"numpy", "numba"},  # a kernel: the peak is measured with the same vector code
