@@ -16,7 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-DTYPES = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
+DTYPES: dict[torch.dtype, np.dtype] = {
+    torch.float32: np.dtype(np.float32),
+    torch.float64: np.dtype(np.float64),
+}
 SMALLEST = 1 << 20  # bytes; below, PyTorch's allocator has memory at hand
 LIMIT = 1 << 28  # bytes kept in all while unused
 
