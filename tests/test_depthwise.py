@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import platform
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +15,7 @@ from fastconv.backends import instruction_sets, kernel
 from fastconv.epilogue import ACTIVATIONS, Epilogue
 from fastconv.geometry import Geometry
 from fastconv.plan import CHANNELS_LAST, LAYOUTS, Plan
+from processes import run_python
 
 backends = pytest.mark.parametrize("backend", cases.CPU_BACKENDS)
 fast = pytest.mark.parametrize("backend", [b for b in cases.CPU_BACKENDS if b != "reference"])
@@ -283,20 +280,6 @@ for kernel_size, padding, config in (
     arrays = cases.arrays_for(plan)
     tolerance.assert_conv_close(cases.execute(plan, *arrays), plan, *arrays)
 """
-
-
-def run_python(code: str, **environment: str) -> str:
-    """What a fresh process prints."""
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": path, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
 
 
 @needs_numba

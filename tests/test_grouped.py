@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-import sys
-from math import prod
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -16,7 +11,8 @@ import tolerance
 from fastconv.backends import kernel
 from fastconv.epilogue import ACTIVATIONS, Epilogue
 from fastconv.geometry import Geometry
-from fastconv.plan import CHANNELS_LAST, CONTIGUOUS, LAYOUTS, Plan
+from fastconv.plan import CHANNELS_LAST, LAYOUTS, Plan
+from pages import BetweenForbiddenPages, needs_mprotect
 
 backends = pytest.mark.parametrize("backend", cases.CPU_BACKENDS)
 fast = pytest.mark.parametrize("backend", [b for b in cases.CPU_BACKENDS if b != "reference"])
@@ -175,26 +171,7 @@ def test_numba_bits_do_not_depend_on_the_number_of_threads(groups):
         numba.set_num_threads(before)
 
 
-class BetweenForbiddenPages:
-    """Arrays that end, or begin, exactly where the process may no longer read."""
-
-    def __init__(self, shape, dtype="float32", layout=CONTIGUOUS, at_end=True):
-        size = prod(shape) * np.dtype(dtype).itemsize
-        inner = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-        self._map = mmap.mmap(-1, inner + 2 * mmap.PAGESIZE)
-        start = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        protect = ctypes.CDLL(None, use_errno=True).mprotect
-        for page in (start, start + mmap.PAGESIZE + inner):
-            no_access = 0
-            assert protect(ctypes.c_void_p(page), mmap.PAGESIZE, no_access) == 0
-        offset = mmap.PAGESIZE + (inner - size if at_end else 0)
-        flat = np.frombuffer(self._map, dtype, prod(shape), offset)
-        in_memory = (shape[0], *shape[2:], shape[1]) if layout == CHANNELS_LAST else shape
-        array = flat.reshape(in_memory)
-        self.array = np.moveaxis(array, -1, 1) if layout == CHANNELS_LAST else array
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mprotect as Linux has it")
+@needs_mprotect
 @fast
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("at_end", [True, False])

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
-import sys
 import threading
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cases
+from processes import run_python
 
 pytest.importorskip("numba")
 
@@ -205,20 +203,6 @@ def test_several_python_threads_may_call_at_once():
     # A new Python thread starts with all of Numba's threads, whatever this one was set to.
     most = simd.numba.config.NUMBA_NUM_THREADS
     assert all(((c >= 20) & (c <= 20 * most)).all() for c in results)
-
-
-def run_python(code: str, **environment: str) -> str:
-    """What a fresh process prints; the tests' helpers can be imported there."""
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": path, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
 
 
 LAYER = """
