@@ -285,6 +285,8 @@ class PackedWeights:
 
     def are_of(self, weight: Tensor) -> bool:
         """Whether this is still the memory and the content that was packed."""
+        if weight.is_inference() and weight.device.type != "cpu":
+            return False  # nothing tells
         return (
             _version(weight) == self._version
             and weight.data_ptr() == self._pointer
@@ -317,13 +319,20 @@ def _version(weight: Tensor) -> int:
 
 
 def _sample(weight: Tensor) -> np.ndarray:
-    """A view of evenly spaced elements, about _SAMPLES; empty where NumPy cannot see them."""
-    if weight.device.type != "cpu" or not weight.is_contiguous():
+    """A view of evenly spaced elements, about _SAMPLES; of all where no counter helps.
+
+    Empty where NumPy cannot see them.
+    """
+    if weight.device.type != "cpu":
         return np.empty(0)
-    flat = weight.detach().view(-1)
-    # Two bytes at a time: NumPy has no bfloat16.
-    step = 1 if weight.is_inference() else max(1, flat.numel() // _SAMPLES)
-    return flat.view(torch.int16).numpy().reshape(flat.numel(), -1)[::step]
+    # NumPy has no bfloat16: precisions of two bytes are seen as integers.
+    weight = weight.detach()
+    array = (weight.view(torch.int16) if weight.element_size() == 2 else weight).numpy()
+    layout = ops.dense_layout(array)
+    if layout is None:
+        return array  # with gaps, which weights seldom have: all of it
+    flat = (array if layout == CONTIGUOUS else np.moveaxis(array, 1, -1)).reshape(-1)
+    return flat[:: 1 if weight.is_inference() else max(1, flat.size // _SAMPLES)]
 
 
 def _pack(plan: Plan, weights: Any) -> Any:

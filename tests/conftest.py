@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -31,3 +32,15 @@ def poisoned() -> Iterator[Callable[..., np.ndarray]]:
     yield make
     for array in handed_out:
         array.check()
+
+
+@pytest.fixture(autouse=True)
+def _same_threads_for_every_test():
+    """What a test, a demo or a benchmark sets does not serialise the tests behind it."""
+    torch, numba = sys.modules.get("torch"), sys.modules.get("numba")
+    before = (torch and torch.get_num_threads(), numba and numba.get_num_threads())
+    yield
+    if torch and torch.get_num_threads() != before[0]:
+        torch.set_num_threads(before[0])
+    if numba and numba.get_num_threads() != before[1]:
+        numba.set_num_threads(before[1])

@@ -76,6 +76,32 @@ def test_module_says_what_is_wrong():
         fastconv.nn.Conv3d(2, 3, 3)(torch.randn(1, 3, 4, 4, 4))
 
 
+def narrower(module):
+    module.weight = nn.Parameter(module.weight[:, :, 1:2].clone())
+    module.kernel_size = (1, 3, 3)
+
+
+SURGERY = {
+    "stride": lambda m: setattr(m, "stride", (1, 2, 2)),
+    "padding": lambda m: setattr(m, "padding", (0, 1, 0)),
+    "dilation": lambda m: setattr(m, "dilation", (1, 1, 2)),
+    "bias": lambda m: setattr(m, "bias", None),
+    "weight": narrower,
+}
+
+
+@pytest.mark.parametrize("change", SURGERY)
+def test_module_changed_after_a_call_is_pytorchs(change):
+    torch.manual_seed(0)
+    theirs, x = nn.Conv3d(4, 6, 3, padding=1), torch.randn(1, 4, 5, 9, 8)
+    ours = fastconv.nn.Conv3d.convert(copy.deepcopy(theirs))
+    with torch.no_grad():
+        ours(x)
+        for module in (ours, theirs):
+            SURGERY[change](module)
+        close(ours(x), theirs(x))
+
+
 class Residual(nn.Module):
     """What rewriting must respect: a shared layer, a derived class, a transposed layer, `view`."""
 

@@ -114,10 +114,27 @@ def test_packed_weights_follow_every_write(write):
         close(fastconv.conv3d(x, w), F.conv3d(x, w))
 
 
-def test_packed_weights_of_inference_tensors_follow_writes():
+STRIDED = {
+    "channels last": lambda w: w.to(memory_format=torch.channels_last_3d),
+    "gaps": lambda w: torch.stack([w, w], -1)[..., 0],
+}
+
+
+@pytest.mark.parametrize("form", STRIDED)
+def test_packed_weights_of_any_strides_follow_writes_that_are_not_counted(form):
+    x, w, new = tensors((1, 4, 4, 6, 6), (6, 4, 3, 3, 3), (6, 4, 3, 3, 3))
+    w = STRIDED[form](w)
+    with torch.no_grad():
+        fastconv.conv3d(x, w)
+        w.data.copy_(new)
+        close(fastconv.conv3d(x, w), F.conv3d(x, w))
+
+
+@pytest.mark.parametrize("form", [None, *STRIDED])
+def test_packed_weights_of_inference_tensors_follow_writes(form):
     x, w = tensors((1, 4, 4, 6, 6), (300, 4, 3, 3, 3))
     with torch.inference_mode():
-        w = w.clone()
+        w = STRIDED[form](w.clone()) if form else w.clone()
         fastconv.conv3d(x, w)
         w[7, 1, 2, 1, 0] += 1
         close(fastconv.conv3d(x, w), F.conv3d(x, w))

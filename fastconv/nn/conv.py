@@ -57,21 +57,26 @@ class _Conv(nn.modules.conv._ConvNd):
 
     def plan_for(self, x: Tensor) -> Plan:
         """The plan that a batch like x would run; its padding is the module's own."""
-        return self._runner_for(x, self.padding).plan
+        return self._runner_for(x, self.weight.shape, self.bias is not None, self.padding).plan
 
-    def _runner_for(self, x: Tensor, padding: Any) -> torch_ops.Runner:
-        key = (x.shape, x.stride(), x.dtype, x.device.type)
+    def _runner_for(
+        self, x: Tensor, w_shape: torch.Size, has_bias: bool, padding: Any
+    ) -> torch_ops.Runner:
+        # Everything that may be set on a module between two calls is part of the key.
+        options = (self.stride, padding, self.dilation, self.groups)
+        choice = (self.channels_last, self.algorithm, self.backend, self.tolerance)
+        of_input = (x.shape, x.stride(), x.dtype, x.device.type)
+        key = (of_input, w_shape, has_bias, options, choice)
         runner = self._runners.get(key)
         if runner is None:
             if len(self._runners) >= MAX_SHAPES:
                 self._runners.clear()
-            options = (self.stride, padding, self.dilation, self.groups)
             op = f"conv{len(self.kernel_size)}d"
             plan = planner.plan(
-                Geometry.of(x.shape, self.weight.shape, *options, op=op),
+                Geometry.of(x.shape, w_shape, *options, op=op),
                 dtype=str(x.dtype).removeprefix("torch."),
                 device=x.device.type,
-                epilogue=Epilogue(bias=self.bias is not None),
+                epilogue=Epilogue(bias=has_bias),
                 layout=CHANNELS_LAST if self.channels_last else ops.layout_of(x),
                 algorithm=self.algorithm,
                 backend=self.backend,
@@ -82,7 +87,7 @@ class _Conv(nn.modules.conv._ConvNd):
 
     def plan_of(self, x_shape: tuple[int, ...]) -> Plan | None:
         """The plan that the last input of this shape (with its batch axis) ran; None if none."""
-        plans = [r.plan for key, r in self._runners.items() if key[0] == tuple(x_shape)]
+        plans = [r.plan for key, r in self._runners.items() if key[0][0] == tuple(x_shape)]
         return plans[-1] if plans else None
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -98,7 +103,7 @@ class _Conv(nn.modules.conv._ConvNd):
             held = self._held
             if held is None or not held.are_of(weight):
                 held = self._held = torch_ops.held_weights(weight)
-            runner = self._runner_for(input, padding)
+            runner = self._runner_for(input, weight.shape, bias is not None, padding)
             return runner(input, held.form(runner, weight), bias)
         if self.channels_last and input.dim() == len(self.kernel_size) + 2:
             input = torch_ops.dense(input, CHANNELS_LAST)
