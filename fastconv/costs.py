@@ -47,7 +47,7 @@ SLOW = Rate(0.5, 0.05, 1.0, 0.2)
 # Slower cases, in multiplications per nanosecond and thread.
 NUMBA_GROUPS = 92.0  # several groups: output pixels in the lanes
 TORCH_GROUPS = 45.0  # oneDNN with few channels per group
-TORCH_POINTWISE = 80.0  # at best equal to ours, at odd numbers of pixels a third
+TORCH_POINTWISE = 80.0  # equal to ours on X3D-M's maps, half or less on X3D-S's
 TORCH_THIN = 30.0  # oneDNN with fewer than 8 input channels, or several taps on few pixels
 THIN_CHANNELS, FEW_PIXELS = 8, 256
 TORCH_CONTIGUOUS_DEPTHWISE = 8.0
