@@ -44,7 +44,7 @@ def available() -> dict[str, str | None]:
     return {
         "reference": None,
         "numba": _missing("numba", "numba"),
-        "c": "the C backend is not part of this version",
+        "c": _c_backend(),
         "triton": "the Triton backend is not part of this version",
         "torch": _missing("torch", "PyTorch"),
     }
@@ -118,3 +118,14 @@ def _missing(package: str, title: str) -> str | None:
     if installed(package):
         return None
     return f"{title} is not installed: pip install 'fastconv[{package}]'"
+
+
+def _c_backend() -> str | None:
+    if not installed("cffi"):
+        return "cffi is not installed: pip install 'fastconv[c]'"
+    if not installed("fastconv.c_kernels._csrc"):
+        return (
+            "its extension was not built when fastconv was installed: "
+            "install a C compiler (gcc or clang) and cffi, then install fastconv again"
+        )
+    return None

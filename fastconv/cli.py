@@ -138,9 +138,20 @@ def _facts() -> Iterator[tuple[str, str]]:
         yield f"backend {backend}", "available" if reason is None else f"not available: {reason}"
     yield "", ""
     yield "instruction sets", " ".join(backends.instruction_sets()) or "unknown"
+    yield "C kernels use", _c_kernels()
     yield "threads", _threads()
     yield "GPU", _gpu()
     yield "default clip", _clip()
+
+
+def _c_kernels() -> str:
+    if backends.available()["c"] is not None:
+        return "nothing: the C backend is not available"
+    try:
+        from .c_kernels import launch
+    except BackendError as error:
+        return str(error)
+    return f"{launch.isa()} of {', '.join(launch.instruction_sets())} (FASTCONV_ISA forces one)"
 
 
 def _threads() -> str:

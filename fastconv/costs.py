@@ -32,6 +32,11 @@ class Rate:
 
 
 FAST = {
+    ("c", "winograd"): Rate(110, 35, call_ms=0.004),
+    ("c", "depthwise"): Rate(70, bytes=40, call_ms=0.004),
+    ("c", "grouped"): Rate(122, call_ms=0.004),
+    ("c", "hfa"): Rate(100, 35, call_ms=0.004),
+    ("c", "continual"): Rate(100, bytes=30, call_ms=0.004),
     ("numba", "winograd"): Rate(105, 30),
     ("numba", "depthwise"): Rate(64, bytes=35, call_ms=0.02),
     ("numba", "grouped"): Rate(120, call_ms=0.02),
@@ -45,7 +50,7 @@ FAST = {
 # The definition in NumPy, and backends without measurements yet.
 SLOW = Rate(0.5, 0.05, 1.0, 0.2)
 # Slower cases, in multiplications per nanosecond and thread.
-NUMBA_GROUPS = 92.0  # several groups: output pixels in the lanes
+PIXELS_IN_LANES = 92.0  # several groups: output pixels in the lanes
 TORCH_GROUPS = 45.0  # oneDNN with few channels per group
 TORCH_POINTWISE = 80.0  # equal to ours on X3D-M's maps, half or less on X3D-S's
 TORCH_THIN = 30.0  # oneDNN with fewer than 8 input channels, or several taps on few pixels
@@ -81,8 +86,8 @@ def _per_ns(plan: Plan, usual: float) -> float:
     geometry = plan.geometry
     if not isinstance(geometry, Geometry):
         return usual
-    if plan.backend == "numba" and plan.family == "grouped" and geometry.groups > 1:
-        return min(usual, NUMBA_GROUPS)
+    if plan.backend != "torch" and plan.family == "grouped" and geometry.groups > 1:
+        return min(usual, PIXELS_IN_LANES)
     if plan.backend == "torch":
         if plan.family == "depthwise" and plan.layout == CONTIGUOUS:
             return min(usual, TORCH_CONTIGUOUS_DEPTHWISE)

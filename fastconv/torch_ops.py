@@ -39,6 +39,7 @@ _ACTIVATIONS = {
 _packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
 # PyTorch has a memory format for 2 and 3 axes; one axis is channels last by its strides.
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+_FLOAT32 = np.dtype(np.float32)
 _SAMPLES = 256  # elements that guard packed weights against writes PyTorch does not count
 
 
@@ -248,6 +249,10 @@ class Runner:
             return y
         if self.plan.backend == "torch":
             self._run(self.plan, x, packed, bias, residual, y, None)
+            return y
+        if self.plan.backend == "c":  # sees addresses only
+            workspace = ops.workspace(self._workspace_size, _FLOAT32)
+            self._run(self.plan, x, packed, bias, residual, y, workspace)
             return y
         if self.plan.backend == "numba":
             _follow_threads()

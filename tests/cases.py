@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +15,39 @@ from fastconv.geometry import Geometry
 from fastconv.plan import CHANNELS_LAST, LAYOUTS, Plan
 
 FENCE = 64  # elements on both sides of every array a kernel may write
-CPU_BACKENDS = [b for b in ("reference", "numba", "c", "torch") if available()[b] is None]
+
+
+class OnIsa(str):
+    """The C backend on one instruction set: a plan takes it for "c", `isa_of` knows better."""
+
+    def __new__(cls, isa: str) -> OnIsa:
+        name = super().__new__(cls, "c")
+        name.isa = isa
+        return name
+
+
+def _c_backends() -> list[str]:
+    """The best instruction set as plain "c", then the others."""
+    if available()["c"] is not None:
+        return []
+    from fastconv.c_kernels import launch
+
+    return ["c", *(OnIsa(name) for name in launch.instruction_sets() if name != launch.isa())]
+
+
+def isa_of(plan: Plan) -> AbstractContextManager:
+    """Packing under this context is for the instruction set that the plan's backend names."""
+    if not isinstance(plan.backend, OnIsa):
+        return nullcontext()
+    from fastconv.c_kernels import launch
+
+    return launch.forced(plan.backend.isa)
+
+
+CPU_BACKENDS = [
+    *(b for b in ("reference", "numba", "torch") if available()[b] is None),
+    *_c_backends(),
+]
 
 
 def random(shape, seed: int, dtype="float32") -> np.ndarray:
@@ -56,9 +89,10 @@ def execute(plan: Plan, x, w, bias=None, residual=None) -> np.ndarray:
     module = kernel(plan.family, plan.backend)
     reason = module.supports(plan.geometry, plan.dtype, plan.epilogue)
     assert reason is None, reason
-    packed = module.prepack(w, plan)
+    with isa_of(plan):
+        packed = module.prepack(w, plan)
+        workspace = Fenced((module.workspace_size(plan),), plan.dtype)
     y = Fenced(plan.geometry.y_shape, plan.dtype, plan.layout)
-    workspace = Fenced((module.workspace_size(plan),), plan.dtype)
     x, residual = (a if a is None else laid_out(a, plan.layout) for a in (x, residual))
     before = x.copy()
     module.run(plan, x, packed, bias, residual, y.array, workspace.array)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-from cases import Fenced
+from cases import Fenced, OnIsa
 
 # Kernels compile on their first call, so no example has a deadline. CI repeats the same examples.
 settings.register_profile(
@@ -44,3 +44,7 @@ def _same_threads_for_every_test():
         torch.set_num_threads(before[0])
     if numba and numba.get_num_threads() != before[1]:
         numba.set_num_threads(before[1])
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    return f"c-{val.isa}" if isinstance(val, OnIsa) else None

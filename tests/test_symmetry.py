@@ -16,7 +16,7 @@ FOLDERS = {
     "triton": "triton_kernels",
     "torch": "torch_kernels",
 }
-ABSENT = {(family, backend) for family in FAMILIES for backend in ("c", "triton")}
+ABSENT = {(family, "triton") for family in FAMILIES}
 PRESENT = [(f, b) for f in FAMILIES for b in BACKENDS if (f, b) not in ABSENT]
 FUNCTIONS = ("supports", "prepack", "workspace_size", "run")
 

@@ -1,0 +1,87 @@
+/* The parts that are the same for every instruction set: dispatch, threads, layouts. */
+#define _GNU_SOURCE
+#include "internal.h"
+
+#include <pthread.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+extern const fc_isa fc_plain;
+#if defined(__x86_64__)
+extern const fc_isa fc_avx512, fc_avx2;
+static const fc_isa *const sets[] = {&fc_avx512, &fc_avx2, &fc_plain};
+#else
+static const fc_isa *const sets[] = {&fc_plain};
+#endif
+
+const char *fc_isa_name(int isa) {
+    return isa >= 0 && isa < (int)(sizeof sets / sizeof *sets) ? sets[isa]->name : NULL;
+}
+
+int fc_isa_usable(int isa) { return sets[isa]->usable(); }
+
+int fc_isa_lanes(int isa) { return sets[isa]->lanes; }
+
+/* OpenMP's threads do not survive a fork: waiting for them would last for ever. */
+static int alone = 0;
+
+static void in_child(void) { alone = 1; }
+
+__attribute__((constructor)) static void watch_forks(void) { pthread_atfork(NULL, NULL, in_child); }
+
+int fc_max_threads(void) {
+#ifdef _OPENMP
+    return alone ? 1 : omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
+
+void fc_parallel_for(int threads, int64_t items, fc_item item, void *context) {
+#ifdef _OPENMP
+    if (threads > 1 && items > 1 && !alone) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+        for (int64_t i = 0; i < items; i++) item(context, i, omp_get_thread_num());
+        return;
+    }
+#endif
+    for (int64_t i = 0; i < items; i++) item(context, i, 0);
+}
+
+int64_t fc_copies_size(const fc_plan *p) {
+    int64_t x = p->batch * p->in_channels * p->in_points;
+    int64_t y = p->batch * p->out_channels * p->out_points;
+    if (!p->contiguous) return FC_LINE;
+    return FC_LINE + fc_lines(x) + (p->has_residual ? 2 : 1) * fc_lines(y);
+}
+
+void fc_run(const fc_plan *p, intptr_t x, intptr_t weights, intptr_t bias, intptr_t bias1,
+            intptr_t bias2, intptr_t residual, intptr_t y, intptr_t workspace, int threads) {
+    const fc_isa *isa = sets[p->isa];
+    intptr_t line = FC_LINE * (intptr_t)sizeof(float);
+    float *scratch = (float *)((workspace + line - 1) / line * line);
+    fc_arrays a = {.x = (const float *)x,
+                   .weights = (const float *)weights,
+                   .bias = {(const float *)bias, (const float *)bias1, (const float *)bias2},
+                   .residual = (const float *)residual,
+                   .y = (float *)y,
+                   .workspace = scratch,
+                   .threads = threads};
+    if (!p->contiguous) {
+        isa->run[p->family](p->params, &a);
+        return;
+    }
+    int64_t x_size = fc_lines(p->batch * p->in_channels * p->in_points);
+    int64_t y_size = fc_lines(p->batch * p->out_channels * p->out_points);
+    float *last_x = scratch, *last_y = last_x + x_size, *last_residual = last_y + y_size;
+    isa->transpose(a.x, last_x, p->batch, p->in_channels, p->in_points, threads);
+    if (residual)
+        isa->transpose(a.residual, last_residual, p->batch, p->out_channels, p->out_points, threads);
+    a.x = last_x;
+    a.y = last_y;
+    a.residual = residual ? last_residual : NULL;
+    a.workspace = last_residual + (p->has_residual ? y_size : 0);
+    isa->run[p->family](p->params, &a);
+    isa->transpose(last_y, (float *)y, p->batch, p->out_points, p->out_channels, threads);
+}

@@ -1,0 +1,44 @@
+/* Between the parts of the library: not seen by Python. */
+#ifndef FC_INTERNAL_H
+#define FC_INTERNAL_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "fastconv.h"
+#include "families.h"
+
+#define FC_LINE 16 /* floats of a cache line */
+
+/* The arrays of one call. x, residual and y are (N, T, H, W, C) in C order; the workspace begins at
+   a cache line. */
+typedef struct {
+    const float *x, *weights, *bias[3], *residual;
+    float *y, *workspace;
+    int threads;
+} fc_arrays;
+
+typedef void (*fc_kernel)(const void *params, const fc_arrays *arrays);
+
+/* Everything compiled for one instruction set. */
+typedef struct {
+    const char *name;
+    int lanes;
+    int (*usable)(void);
+    fc_kernel run[FC_FAMILIES];
+    /* Each of `images` matrices (rows, columns) in C order to (columns, rows). */
+    void (*transpose)(const float *from, float *to, int64_t images, int64_t rows, int64_t columns,
+                      int threads);
+} fc_isa;
+
+/* Call item(context, i, thread) for every i below items, in any order; thread < threads. */
+typedef void (*fc_item)(void *context, int64_t i, int thread);
+void fc_parallel_for(int threads, int64_t items, fc_item item, void *context);
+
+static inline int64_t fc_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t fc_min(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t fc_max(int64_t a, int64_t b) { return a > b ? a : b; }
+/* Elements rounded up to whole cache lines. */
+static inline int64_t fc_lines(int64_t size) { return fc_ceil_div(size, FC_LINE) * FC_LINE; }
+
+#endif

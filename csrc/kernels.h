@@ -1,0 +1,14 @@
+/* Everything that is compiled once per instruction set, into the table `ISA`.
+
+   The including file defines ISA, ISA_NAME, VL and `usable` before. */
+#include "internal.h"
+#include "gemm.h"
+#include "transpose.h"
+
+const fc_isa ISA = {
+    .name = ISA_NAME,
+    .lanes = VL,
+    .usable = usable,
+    .transpose = transpose,
+    .run = {0},
+};

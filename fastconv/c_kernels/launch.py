@@ -1,0 +1,216 @@
+"""The way from a plan and arrays into the C library, and its instruction set.
+
+Kernels see addresses only: everything else follows from the plan and is put into C structures once,
+when the weights are packed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from ..epilogue import ACTIVATIONS, Epilogue
+from ..errors import BackendError
+from ..geometry import Geometry, SeparableGeometry
+from ..plan import CONTIGUOUS, Plan
+from ._csrc import ffi, lib
+
+FAMILIES = ("winograd", "depthwise", "grouped", "hfa", "continual")  # csrc/families.h
+LINE = 16  # floats of a cache line
+
+
+def instruction_sets() -> dict[str, int]:
+    """The compiled instruction sets that this CPU has, best first, with their index."""
+    found, index = {}, 0
+    while (name := lib.fc_isa_name(index)) != ffi.NULL:
+        if lib.fc_isa_usable(index):
+            found[ffi.string(name).decode()] = index
+        index += 1
+    return found
+
+
+def _chosen() -> str:
+    usable = instruction_sets()
+    wanted = os.environ.get("FASTCONV_ISA")
+    if not wanted:
+        return next(iter(usable))
+    if wanted not in usable:
+        raise BackendError(
+            f"FASTCONV_ISA={wanted} cannot run here. Usable on this CPU: {', '.join(usable)}"
+        )
+    return wanted
+
+
+_isa = _chosen()
+
+
+def isa() -> str:
+    """The instruction set that plans are packed for: the best one, or what FASTCONV_ISA says."""
+    return _isa
+
+
+def lanes() -> int:
+    """Floats per vector of the instruction set."""
+    return int(lib.fc_isa_lanes(instruction_sets()[_isa]))
+
+
+@contextmanager
+def forced(name: str) -> Iterator[None]:
+    """Pack for another instruction set meanwhile; what is packed keeps running on its own.
+
+    For tests and measurements: not for several threads at once.
+    """
+    global _isa
+    usable = instruction_sets()
+    if name not in usable:
+        raise BackendError(
+            f"instruction set {name!r} cannot run here. Usable: {', '.join(usable)}"
+        )
+    before, _isa = _isa, name
+    try:
+        yield
+    finally:
+        _isa = before
+
+
+def threads() -> int:
+    """Threads that a kernel uses: PyTorch's number where it is loaded, else OpenMP's."""
+    most = lib.fc_max_threads()
+    torch = sys.modules.get("torch")
+    if most == 1 or torch is None:
+        return most
+    return torch.get_num_threads()
+
+
+def address(array: Any) -> int:
+    """Address of the first element of a NumPy array or a tensor; 0 for None."""
+    if array is None:
+        return 0
+    pointer = getattr(array, "data_ptr", None)
+    return pointer() if pointer is not None else array.__array_interface__["data"][0]
+
+
+def aligned(*shape: int) -> np.ndarray:
+    """Zeros in float32 and C order that begin at a cache line, with a spare line behind."""
+    size = prod(shape)
+    memory = np.zeros(size + 2 * LINE, np.float32)
+    start = -(address(memory) // 4) % LINE
+    return memory[start : start + size].reshape(shape)
+
+
+def lines(size: int) -> int:
+    """Floats rounded up to whole cache lines."""
+    return -(-size // LINE) * LINE
+
+
+@lru_cache(maxsize=4096)
+def _copies_size(plan: Plan) -> int:
+    return int(lib.fc_copies_size(_c_plan(plan, ffi.NULL)))
+
+
+def workspace_elements(plan: Plan, shared: int, each: int) -> int:
+    """Floats of a workspace: transposed copies, what all threads share, and what each has."""
+    return _copies_size(plan) + lines(shared) + threads() * lines(each)
+
+
+def _c_plan(plan: Plan, params: Any) -> Any:
+    last = plan.epilogue[-1] if isinstance(plan.epilogue, tuple) else plan.epilogue
+    geometry = plan.geometry
+    return ffi.new(
+        "fc_plan *",
+        {
+            "isa": instruction_sets()[_isa],
+            "family": FAMILIES.index(plan.family),
+            "contiguous": plan.layout == CONTIGUOUS,
+            "has_residual": last.residual,
+            "batch": geometry.x_shape[0],
+            "in_channels": geometry.x_shape[1],
+            "out_channels": geometry.y_shape[1],
+            "in_points": prod(geometry.x_shape[2:]),
+            "out_points": prod(geometry.y_shape[2:]),
+            "params": params,
+        },
+    )
+
+
+def c_geometry(geometry: Geometry) -> dict[str, Any]:
+    """An initialiser of fc_geometry: three axes."""
+    g = geometry.lifted()
+    return {
+        "batch": g.batch,
+        "in_channels": g.in_channels,
+        "out_channels": g.out_channels,
+        "groups": g.groups,
+        "in_size": g.in_size,
+        "out_size": g.out_size,
+        "kernel": g.kernel,
+        "stride": g.stride,
+        "dilation": g.dilation,
+        "pad": [before for before, _ in g.padding],
+    }
+
+
+def activation_of(epilogue: Epilogue) -> int:
+    """The number of an activation in C."""
+    return ACTIVATIONS.index(epilogue.activation)
+
+
+class Packed:
+    """Weights in a family's form, with the C structures of the plan that reads them.
+
+    weights  the array that the kernel gets
+    params   the family's C structure; `keep` is what it points to
+    shared, each  floats of workspace for all threads together and for every thread, lines each
+    """
+
+    __slots__ = ("_copies", "_keep", "_plan", "_weights", "each", "shared")
+
+    def __init__(
+        self,
+        plan: Plan,
+        weights: np.ndarray,
+        params: Any,
+        shared: int = 0,
+        each: int = 0,
+        keep: Sequence[Any] = (),
+    ) -> None:
+        self._plan = _c_plan(plan, params)
+        self._keep = (weights, params, *keep)
+        self._weights = address(weights)
+        self._copies = _copies_size(plan)
+        self.shared, self.each = lines(shared), lines(each)
+
+    def run(self, x: Any, bias: Any, residual: Any, y: Any, workspace: Any) -> None:
+        """One call; no more threads than the workspace was made for."""
+        count = threads()
+        if self.each:
+            room = workspace.size if isinstance(workspace, np.ndarray) else workspace.numel()
+            count = min(count, (room - self._copies - self.shared) // self.each)
+        biases = bias if isinstance(bias, tuple) else (bias, None, None)
+        lib.fc_run(
+            self._plan,
+            address(x),
+            self._weights,
+            address(biases[0]),
+            address(biases[1]),
+            address(biases[2]),
+            address(residual),
+            address(y),
+            address(workspace),
+            count,
+        )
+
+
+def refuse_dtype(dtype: str) -> str | None:
+    """The C kernels compute in float32."""
+    return None if dtype == "float32" else f"dtype {dtype} is not float32"
+
+
+__all__ = ["Packed", "SeparableGeometry", "ffi", "lib"]

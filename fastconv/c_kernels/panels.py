@@ -1,0 +1,41 @@
+"""Panels of the matrix micro-kernel (csrc/gemm.h): how wide, how many rows, and how packed."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from . import launch
+
+# As in csrc/gemm.h: rows of the register block by lanes and vectors per panel.
+_BLOCK_ROWS = {16: (0, 14, 14, 8, 6), 8: (0, 12, 6, 4, 2), 4: (0, 8, 6, 4, 2)}
+# Time of a multiplication in a block of so many vectors, relative; measured at 24 to 192 deep.
+_BLOCK_TIME = {16: (0, 1.27, 1.0, 1.0, 1.0), 8: (0, 1.25, 1.0, 1.0, 1.45), 4: (0, 1.2, 1.0, 1.0, 1.4)}
+
+
+def block_rows(vectors: int) -> int:
+    """Rows of A that one register block takes, for panels of so many vectors."""
+    return _BLOCK_ROWS[launch.lanes()][vectors]
+
+
+def panel_vectors(columns: int) -> int:
+    """Vectors per panel: little padding behind `columns`, and enough to do per element of A."""
+    needed = -(-columns // launch.lanes())
+    time = _BLOCK_TIME[launch.lanes()]
+    order = (2, 4, 3, 1)
+    return min(order, key=lambda v: (-(-needed // v) * v * time[v], order.index(v)))
+
+
+def pack_panels(b: np.ndarray, vectors: int) -> np.ndarray:
+    """b (..., depth, columns) -> (panels, ..., depth, vectors * lanes) in float32, zeros behind.
+
+    The axes in front are the segments of a sum, each panel has all of them. Behind the last panel
+    is memory for another one: products ask for the panel behind the one they use.
+    """
+    *outer, depth, columns = b.shape
+    width = vectors * launch.lanes()
+    count = -(-columns // width)
+    panels = launch.aligned(count + 1, *outer, depth, width)
+    for panel in range(count):
+        part = b[..., panel * width : (panel + 1) * width]
+        panels[panel, ..., : part.shape[-1]] = part
+    return panels[:count]
