@@ -12,7 +12,7 @@ GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(abspath $(BIN)/python),$(PYTHON))
 NO_GPU = $(shell $(GPU_PYTHON) bench/no_gpu.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint bench gpu clean
+.PHONY: help venv demo test sanitize lint bench gpu clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,7 +20,7 @@ help:  ## this list
 venv: $(INSTALLED)  ## create .venv with the pinned versions
 
 # The stamp comes last: an interrupted installation is done again, a finished one is not.
-$(INSTALLED): requirements-dev.txt pyproject.toml
+$(INSTALLED): requirements-dev.txt pyproject.toml setup.py $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "The pinned versions need Python 3.11 or newer: make PYTHON=python3.11" >&2; exit 1; }
 	@echo "Installing the pinned versions into $(VENV): a few minutes, once."
@@ -35,6 +35,14 @@ demo: $(INSTALLED)  ## run a real video through X3D-M twice and compare (DEMO="-
 
 test: $(INSTALLED)  ## run the tests (TESTS="tests/test_video.py -x")
 	$(BIN)/pytest $(TESTS)
+
+# Memory and undefined behaviour first, then data races: the thread sanitizer does not see into
+# OpenMP's library, so that build has threads of its own. Python itself is not instrumented.
+SANITIZED := tests/test_winograd.py tests/test_depthwise.py tests/test_grouped.py tests/test_hfa.py \
+	tests/test_continual.py
+sanitize: $(INSTALLED)  ## the C kernels' tests under the address, undefined behaviour and thread sanitizers
+	bash tests/sanitize.sh $(BIN)/python address,undefined $(SANITIZED)
+	bash tests/sanitize.sh $(BIN)/python thread $(SANITIZED)
 
 # The type checker wants the tree as it is installed: reference/ as fastconv/reference.
 lint: $(INSTALLED)  ## check style, format and types

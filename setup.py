@@ -6,6 +6,7 @@ Without cffi or without a compiler the package installs without its C backend, a
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CCompilerError, ExecError, PlatformError
 
-FLAGS = ["-std=gnu11", "-O3", "-fno-math-errno", "-Wall"]
+FLAGS = ["-std=gnu11", "-fno-math-errno", "-Wall"]
+if "-O" not in os.environ.get("CFLAGS", ""):
+    FLAGS.append("-O3")
 FAILURES = (CCompilerError, ExecError, PlatformError, OSError)
 
 
@@ -28,7 +31,10 @@ def recipe():  # type: ignore[no-untyped-def]
 
 
 class BuildKernels(build_ext):
-    """Generates the sources, and compiles with OpenMP where the compiler has it."""
+    """Generates the sources, and compiles with OpenMP where the compiler has it.
+
+    FASTCONV_OPENMP=0 builds without, as the thread sanitizer needs it.
+    """
 
     def build_extension(self, ext: Extension) -> None:
         build_ffi = recipe()
@@ -40,12 +46,16 @@ class BuildKernels(build_ext):
         ext.include_dirs = [*ext.include_dirs, str(folder)]
         ext.sources = [*sources, str(folder / "glue.c")]
         try:
-            ext.extra_compile_args = [*flags, "-fopenmp"]
-            ext.extra_link_args = [*links, "-fopenmp"]
-            super().build_extension(ext)
-        except FAILURES:
-            ext.extra_compile_args, ext.extra_link_args = flags, links
-            super().build_extension(ext)
+            if os.environ.get("FASTCONV_OPENMP") == "0":
+                super().build_extension(ext)
+                return
+            try:
+                ext.extra_compile_args = [*flags, "-fopenmp"]
+                ext.extra_link_args = [*links, "-fopenmp"]
+                super().build_extension(ext)
+            except FAILURES:
+                ext.extra_compile_args, ext.extra_link_args = flags, links
+                super().build_extension(ext)
         finally:
             ext.sources = sources
 

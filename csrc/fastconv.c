@@ -5,6 +5,10 @@
 #include <pthread.h>
 #ifdef _OPENMP
 #include <omp.h>
+#else
+#include <stdlib.h>
+#include <unistd.h>
+enum { MOST_THREADS = 256 };
 #endif
 
 extern const fc_isa fc_plain;
@@ -30,22 +34,57 @@ static void in_child(void) { alone = 1; }
 
 __attribute__((constructor)) static void watch_forks(void) { pthread_atfork(NULL, NULL, in_child); }
 
-int fc_max_threads(void) {
 #ifdef _OPENMP
-    return alone ? 1 : omp_get_max_threads();
+int fc_max_threads(void) { return alone ? 1 : omp_get_max_threads(); }
+
+static void run_together(int threads, int64_t items, fc_item item, void *context) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (int64_t i = 0; i < items; i++) item(context, i, omp_get_thread_num());
+}
 #else
-    return 1;
-#endif
+/* Without OpenMP threads live for one call: slower to start, and what the thread sanitizer, which
+   does not see into OpenMP's library, can check. */
+int fc_max_threads(void) {
+    const char *wanted = getenv("OMP_NUM_THREADS");
+    long n = wanted ? strtol(wanted, NULL, 10) : sysconf(_SC_NPROCESSORS_ONLN);
+    return alone || n < 1 ? 1 : n > MOST_THREADS ? MOST_THREADS : (int)n;
 }
 
+typedef struct {
+    int64_t items, *next;
+    fc_item item;
+    void *context;
+    int thread;
+} share;
+
+static void *work(void *argument) {
+    share *s = argument;
+    for (int64_t i; (i = __atomic_fetch_add(s->next, 1, __ATOMIC_RELAXED)) < s->items;)
+        s->item(s->context, i, s->thread);
+    return NULL;
+}
+
+static void run_together(int threads, int64_t items, fc_item item, void *context) {
+    share shares[MOST_THREADS];
+    pthread_t ids[MOST_THREADS];
+    int64_t next = 0;
+    int started = 1;
+    for (int i = 0; i < threads && i < MOST_THREADS; i++)
+        shares[i] = (share){items, &next, item, context, i};
+    /* A thread that does not start leaves its work to the others. */
+    while (started < threads && started < MOST_THREADS &&
+           !pthread_create(&ids[started], NULL, work, &shares[started]))
+        started++;
+    work(&shares[0]);
+    for (int i = 1; i < started; i++) pthread_join(ids[i], NULL);
+}
+#endif
+
 void fc_parallel_for(int threads, int64_t items, fc_item item, void *context) {
-#ifdef _OPENMP
     if (threads > 1 && items > 1 && !alone) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-        for (int64_t i = 0; i < items; i++) item(context, i, omp_get_thread_num());
+        run_together(threads, items, item, context);
         return;
     }
-#endif
     for (int64_t i = 0; i < items; i++) item(context, i, 0);
 }
 

@@ -13,16 +13,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import setuptools
 
 import fastconv
+from fastconv import backends
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("fastconv", "reference", "bench", "pyproject.toml", "README.md", "LICENSE")
+FOLDERS = ("fastconv", "reference", "bench", "csrc")
+FILES = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE")
+EXTENSION = "fastconv/c_kernels/_csrc.abi3.so"
 
 
-def run(*command: object, cwd: Path) -> str:
+def run(*command: object, cwd: Path, **environment: str) -> str:
     """The output of a command, which must succeed."""
-    env = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    env = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", **environment}
     done = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
@@ -35,17 +39,28 @@ def run(*command: object, cwd: Path) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """The wheel built from a copy of the sources, without a network."""
-    tree = tmp_path_factory.mktemp("tree")
-    for name in SOURCES:
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, tree / name)
+def sources(target: Path) -> Path:
+    """A copy of what a release holds, without what was built in place."""
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("*.so"))
+    for name in FILES:
+        shutil.copy(ROOT / name, target / name)
+    return target
+
+
+def build(tree: Path, **environment: str) -> Path:
+    """The wheel of a source tree, built without a network."""
     options = ("--no-build-isolation", "--no-deps", "--no-index", "--quiet")
-    run(sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", "built", ".", cwd=tree)
+    command = (sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", "built", ".")
+    run(*command, cwd=tree, **environment)
     (built,) = (tree / "built").glob("*.whl")
     return built
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel as a machine without a C compiler gets it."""
+    return build(sources(tmp_path_factory.mktemp("tree")), CC=shutil.which("false") or "false")
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +108,7 @@ def test_the_wheel_says_what_it_needs(wheel):
     assert metadata["Requires-Python"] == ">=3.10"
     needs = metadata.get_all("Requires-Dist")
     assert [need for need in needs if "extra ==" not in need] == ["numpy>=1.26"]
-    assert {"numba", "torch", "demo", "bench", "test", "dev"} == set(
+    assert {"c", "numba", "torch", "demo", "bench", "test", "dev"} == set(
         metadata.get_all("Provides-Extra")
     )
     assert "fastconv = fastconv.cli:main" in archive.read(f"{folder}/entry_points.txt").decode()
@@ -177,6 +192,44 @@ def test_the_benchmarks_with_numpy_alone(only_numpy):
     output = only_numpy("from fastconv.cli import main\nsys.exit(main(['bench', 'list']))")
     assert "conv3d:54-54:3x3x3@16x56x56:p1:g54" in output
     assert "peer torch                PyTorch: torch not installed: pip install" in output
+
+
+def test_without_a_compiler_the_c_backend_says_what_is_missing(only_numpy):
+    output = only_numpy("from fastconv.cli import main\nsys.exit(main(['info']))")
+    assert "cffi is not installed: pip install 'fastconv[c]'" in output
+    script = """
+import importlib.util
+from fastconv import backends
+backends.installed = lambda name: name == "cffi"
+print(backends.available()["c"])
+"""
+    assert "install a C compiler (gcc or clang) and cffi" in only_numpy(script)
+
+
+@pytest.mark.skipif(backends.available()["c"] is not None, reason="built without the C backend")
+def test_one_wheel_with_the_extension_for_every_python(tmp_path):
+    built = build(sources(tmp_path))
+    assert "-cp310-abi3-" in built.name
+    assert EXTENSION in zipfile.ZipFile(built).namelist()
+
+
+def test_without_cffi_the_wheel_is_pure(tmp_path):
+    tree, packages = sources(tmp_path), tmp_path / "packages"
+    packages.mkdir()
+    for module in (setuptools, np):
+        for path in Path(module.__file__).parent.parent.iterdir():
+            if "cffi" not in path.name and not (packages / path.name).exists():
+                (packages / path.name).symlink_to(path)
+    script = f"""
+import runpy, sys
+sys.path[:0] = [{str(packages)!r}, {str(tree)!r}]
+sys.argv = ["setup.py", "-q", "bdist_wheel"]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+    run(sys.executable, "-I", "-S", "-W", "ignore", "-c", script, cwd=tree)
+    (built,) = (tree / "dist").glob("*.whl")
+    assert built.name.endswith("py3-none-any.whl")
+    assert EXTENSION not in zipfile.ZipFile(built).namelist()
 
 
 def test_a_wrong_name_is_an_attribute_error():
