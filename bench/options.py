@@ -53,10 +53,10 @@ def _timing(parser: argparse.ArgumentParser, kinds: tuple[str, ...]) -> None:
     add("--table-only", action="store_true", help="of layers: without those of the networks")
     add("--cold", action="store_true", help="empty the caches before each timed call")
     add("--threads", type=_positive, help="default: every CPU that this process may use")
-    add("--repeats", type=_positive, default=30, help="at most; default: %(default)s")
-    text = "seconds of timing per case (networks 3 times as long); default: %(default)g"
-    add("--budget", type=_seconds, default=4.0, metavar="S", help=text)
-    text = "seconds after which no further case is begun; default: none"
+    add("--repeats", type=_positive, default=50, help="at most; default: %(default)s")
+    text = "seconds per contender of a case (networks twice as long); default: %(default)g"
+    add("--budget", type=_seconds, default=0.5, metavar="S", help=text)
+    text = "seconds, shared among the processes, after which no case is begun; default: none"
     add("--limit", type=_seconds, default=float("inf"), metavar="S", help=text)
     add("--json", metavar="FILE", help="write rows as they come; into a folder: named by machine")
     add("--plot", metavar="DIR", help="write PNG plots into this folder")

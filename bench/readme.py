@@ -49,11 +49,15 @@ def section(document: Document) -> str:
     m, s = document.machine, document.settings
     versions = [f"{name} {m['versions'][name]}" for name in _named(m["versions"])]
     busy = " **The machine was not quiet.**" if not_quiet(document) else ""
+    turns = "each library by turns with ours in a process of its own"
+    if s["device"] != "cpu":
+        turns = "all by turns in one process"
     lines = [
         f"{m.get('gpu') or m['cpu']}, {s['threads']} threads, float32, batch 1, {m['date'][:10]}, "
         f"commit {m['commit'] or 'unknown'}; {', '.join(versions)}. Peers in this run: "
-        f"{', '.join(_timed(document))}. Milliseconds, medians by turns in one process; the best "
-        "peer computes in float32 too. The error is the largest, relative to the largest output, "
+        f"{', '.join(_timed(document))}. Milliseconds, medians; {turns}. The best peer is "
+        "the one with the lowest ratio among those that compute in float32 too; ours is as timed "
+        "beside it. The error is the largest, relative to the largest output, "
         f"against float64.{busy}"
     ]
     for kind, title in TITLES.items():
