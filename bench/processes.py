@@ -122,7 +122,8 @@ def rows(job: Job) -> Iterator[list[Row]]:
 
 def _answers(process: subprocess.Popen[bytes], job: Job) -> Iterator[list[Row]]:
     """What the process answers: a list of rows for every case, fewer lists if it crashes."""
-    assert process.stdin is not None and process.stdout is not None
+    assert process.stdin is not None
+    assert process.stdout is not None
     try:
         with process.stdin as stdin:
             stdin.write(pickle.dumps(job))

@@ -1,8 +1,8 @@
 """The rows of one case from one process: ours and its peers prepared, checked, timed, compared.
 
-How it is timed on a CPU, and why. The threads of a library that ran keep spinning for a while: after
-OpenVINO's turn our call of 0.13 ms takes 0.7, and after ours OpenVINO's 0.33 takes 1.0, for about ten
-calls, 5 ms. So contenders take turns, a turn of short calls begins with untimed ones for
+How it is timed on a CPU, and why. The threads of a library that ran keep spinning for a while:
+after OpenVINO's turn our call of 0.13 ms takes 0.7, and after ours OpenVINO's 0.33 takes 1.0, for
+about ten calls, 5 ms. So contenders take turns, a turn of short calls begins with untimed ones for
 `SETTLE_S`, and then some are timed. In a process that has but one other pool of threads this is
 enough: medians are the same as without the peer, and as after a pause in which all fall asleep.
 """
