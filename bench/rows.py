@@ -1,10 +1,12 @@
 """The rows of one case from one process: ours and its peers prepared, checked, timed, compared.
 
-How it is timed on a CPU, and why. The threads of a library that ran keep spinning for a while:
-after OpenVINO's turn our call of 0.13 ms takes 0.7, and after ours OpenVINO's 0.33 takes 1.0, for
-about ten calls, 5 ms. So contenders take turns, a turn of short calls begins with untimed ones for
-`SETTLE_S`, and then some are timed. In a process that has but one other pool of threads this is
-enough: medians are the same as without the peer, and as after a pause in which all fall asleep.
+How it is timed on a CPU, and why. The threads of a library that ran keep spinning for a while, on
+cores that the next one needs. On 2 cores, after ONNX Runtime ran X3D-S our first call takes 67 ms
+and not 32: its threads spin for 35 ms. After ours OpenVINO's first call takes 22 ms and not 16.
+So contenders take turns, a turn begins with untimed calls for `SETTLE_S`, at least one, and then
+some are timed. In a process with but one other library this is enough: the later calls take as
+long as without the peer, and as after a pause in which all fall asleep. Calls that take longer than
+`LONG_MS` are disturbed by a few percent at most, and are not repeated for it.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from .results import OURS, Row
 from .roofline import Roofline
 
 REFUSALS = (UnsupportedError, BackendError, GeometryError)
-SETTLE_S, SHORT_MS, BURST = 0.01, 20.0, 5
+SETTLE_S, LONG_MS, BURST = 0.05, 1000.0, 5
 FLUSH_BYTES = 1 << 27  # larger than any cache
 # Networks take long and are few, their single layers are many.
 NETWORK_SHARE, LAYER_SHARE = 2.0, 0.4
@@ -155,27 +157,27 @@ def _time(rows: list[Row], ready: Mapping[str, Prepared], settings: Settings) ->
 def timed(functions: Mapping[str, Callable[[], object]], settings: Settings) -> dict[str, Timing]:
     """Time functions by turns on the CPU, with cold caches or with warm ones.
 
-    Every function has run before. Warm: a turn of short calls begins with untimed ones, so that
-    caches, cores and threads are its own; long calls settle by themselves. Cold: a large array is
-    written before each call.
+    Warm: a turn begins with untimed calls, so that caches, cores and threads are its own. Cold: a
+    large array is written before each call.
     """
     before: dict[str, Callable[[], object]] = {}
-    trash = np.zeros(FLUSH_BYTES // 4, np.float32) if settings.cold else None
-    for name, function in functions.items():
-        start = time.perf_counter()
-        function()
-        short = 1e3 * (time.perf_counter() - start) < SHORT_MS
-        if trash is not None:
-            before[name] = lambda trash=trash: np.add(trash, 1, out=trash)  # type: ignore[misc]
-        elif short:
-            before[name] = _settling(function)
+    if settings.cold:
+        trash = np.zeros(FLUSH_BYTES // 4, np.float32)
+        before = dict.fromkeys(functions, lambda: np.add(trash, 1, out=trash))
+    else:
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if 1e3 * (time.perf_counter() - start) < LONG_MS:
+                before[name] = _settling(function)
+    by_one = settings.cold or len(before) < len(functions)
     return measure(
         functions,
         repeats=settings.repeats,
         warmup=0,
         budget_s=settings.budget_s,
         before=before,
-        burst=1 if settings.cold or not before else min(BURST, settings.repeats),
+        burst=1 if by_one else min(BURST, settings.repeats),
     )
 
 

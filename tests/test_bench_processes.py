@@ -223,10 +223,10 @@ def test_a_crash_is_shown_beside_the_ratio_to_the_others(fakes, monkeypatch, tmp
     assert [row["status"] for row in (*first, *third)] == ["ok"] * 6
     assert [row["status"] for row in second] == ["failed"] * 3
     assert first[0]["ratio"] == min(row["ratio"] for row in first[1:])
-    assert results.FORMAT == json.loads(path.read_text())["format"]
+    assert json.loads(path.read_text())["format"] == results.FORMAT
 
 
-PARENT = f"""
+PARENT = """
 import sys
 from fastconv import cli
 from fastconv.bench import baselines, cases, processes, roofline
