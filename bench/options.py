@@ -56,7 +56,7 @@ def _timing(parser: argparse.ArgumentParser, kinds: tuple[str, ...]) -> None:
     add("--repeats", type=_positive, default=50, help="at most; default: %(default)s")
     text = "seconds per contender of a case (networks twice as long); default: %(default)g"
     add("--budget", type=_seconds, default=0.5, metavar="S", help=text)
-    text = "seconds, shared among the processes, after which no case is begun; default: none"
+    text = "seconds after which no further case is begun; default: none"
     add("--limit", type=_seconds, default=float("inf"), metavar="S", help=text)
     add("--json", metavar="FILE", help="write rows as they come; into a folder: named by machine")
     add("--plot", metavar="DIR", help="write PNG plots into this folder")

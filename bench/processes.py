@@ -12,7 +12,6 @@ import pickle
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,7 +19,7 @@ from .baselines import PEERS
 from .cases import Case
 from .job import Job
 from .results import OURS, Row
-from .rows import bare, share
+from .rows import bare
 
 COMMAND = (sys.executable, "-m", "fastconv.bench.child")
 ALONE = OURS  # the process of the cases that no peer is for
@@ -28,19 +27,11 @@ ALONE = OURS  # the process of the cases that no peer is for
 
 @dataclass(frozen=True)
 class Part:
-    """What one process does of a job.
-
-    process  the name of its peers, as `Peer.process`
-    cost     of its timing, in budgets of one contender
-    """
+    """What one process does of a job; `process` is the name of its peers, as `Peer.process`."""
 
     process: str
     cases: tuple[Case, ...]
     peers: tuple[str, ...]
-
-    @property
-    def cost(self) -> float:
-        return sum(share(case) for case in self.cases) * (1 + len(self.peers))
 
 
 def parts(job: Job) -> list[Part]:
@@ -81,17 +72,10 @@ def _tries(name: str, case: Case, job: Job) -> bool:
 
 
 def measured(job: Job, found: Sequence[Part]) -> Iterator[tuple[Part, Iterator[list[Row]]]]:
-    """Every part with the rows of its cases, one case after the other.
-
-    Of the time that is left, a part may take what its timing is of all that is still to be timed.
-    """
-    for i, part in enumerate(found):
-        rest = sum(later.cost for later in found[i:])
-        now = time.time()
-        until = now + (job.until - now) * part.cost / rest
-        share_of_job = replace(job, cases=part.cases, peers=part.peers, until=until)
-        here = job.settings.device != "cpu"
-        yield part, share_of_job.rows() if here else rows(share_of_job)
+    """Every part with the rows of its cases, one case after the other."""
+    for part in found:
+        task = replace(job, cases=part.cases, peers=part.peers)
+        yield part, rows(task) if job.settings.device == "cpu" else task.rows()
 
 
 def rows(job: Job) -> Iterator[list[Row]]:

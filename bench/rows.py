@@ -35,7 +35,7 @@ REFUSALS = (UnsupportedError, BackendError, GeometryError)
 SETTLE_S, LONG_MS, BURST = 0.05, 1000.0, 5
 FLUSH_BYTES = 1 << 27  # larger than any cache
 # Networks take long and are few, their single layers are many.
-NETWORK_SHARE, LAYER_SHARE = 2.0, 0.4
+NETWORK_SHARE, LAYER_SHARE = 2.0, 0.2
 
 
 def of_case(
@@ -71,7 +71,7 @@ def of_case(
         if prepared is not None:
             ready[who] = prepared
     rows.sort(key=lambda row: row["who"] != OURS)
-    budget_s = settings.budget_s * share(case) * len(ready)
+    budget_s = settings.budget_s * _share(case) * len(ready)
     _time(rows, ready, replace(settings, budget_s=budget_s))
     if rows[0]["status"] == "ok":
         rows[0].update(_arithmetic(ready[OURS], roofs, rows[0]["median_ms"], case.dtype))
@@ -79,7 +79,7 @@ def of_case(
     return rows
 
 
-def share(case: Case) -> float:
+def _share(case: Case) -> float:
     """This case's time as a multiple of the settings' budget."""
     if case.source != TABLE:
         return LAYER_SHARE

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -107,15 +108,11 @@ def test_what_is_not_installed_gets_no_process_but_a_reason(monkeypatch):
     assert len(refused) == 4
 
 
-def test_time_is_shared_by_what_there_is_to_time(monkeypatch):
-    monkeypatch.setattr(Peer, "missing", lambda self: None)
-    monkeypatch.setattr(processes, "rows", lambda job: iter([[{"until": job.until}]]))
-    now = time.time()
-    monkeypatch.setattr(processes.time, "time", lambda: now)
-    job = a_job("torch", "torch-last", "onnxruntime", until=now + 50)
-    parts = processes.parts(job)
-    limits = [next(found)[0]["until"] - now for _, found in processes.measured(job, parts)]
-    assert limits == pytest.approx([30, 50])  # three contenders, then two with what is left
+def test_on_a_gpu_one_process_does_it_all(monkeypatch):
+    job = replace(a_job("torch", "torch-tf32"), settings=replace(SETTINGS, device="cuda"))
+    monkeypatch.setattr(processes, "rows", lambda job: pytest.fail("another process"))
+    ((part, _),) = processes.measured(job, processes.parts(job))
+    assert (part.cases, part.peers) == (CASES, ("torch", "torch-tf32"))
 
 
 # What a child does
