@@ -32,7 +32,12 @@ def add(commands: Any) -> None:
     rates = kinds.add_parser("rates", help="what each family reached in a file, per thread")
     rates.add_argument("file", metavar="FILE.json")
     rates.set_defaults(command=_rates)
-    readme = kinds.add_parser("readme", help="write the table of bench/results into README.md")
+    errors = kinds.add_parser("errors", help="how far minimal filtering is from float64")
+    errors.add_argument("--backend", default="auto", help="auto (default), numba, c, torch, ...")
+    errors.set_defaults(command=_errors)
+    readme = kinds.add_parser(
+        "readme", help="write the tables of errors and of bench/results into README.md"
+    )
     readme.set_defaults(command=_readme)
     listing = kinds.add_parser("list", help="the cases, and the peers with what is missing")
     listing.set_defaults(command=_list)
@@ -102,6 +107,13 @@ def _rates(args: argparse.Namespace) -> int:
     from . import report, results
 
     print("\n".join(report.rates(results.read(args.file))))
+    return 0
+
+
+def _errors(args: argparse.Namespace) -> int:
+    from . import errors
+
+    print("\n".join(errors.table(errors.measured(args.backend))))
     return 0
 
 

@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastconv import backends, cli, counts
+from fastconv import backends, cli, counts, planner
 from fastconv.bench import (
     baselines,
     cases,
     cuda,
+    errors,
     gpu,
     job,
     machine,
@@ -37,6 +38,7 @@ from fastconv.bench.cases import Case
 from fastconv.bench.contenders import Prepared, Settings, in_place
 from fastconv.bench.results import OURS, Document
 from fastconv.bench.roofline import Roofline
+from fastconv.count_table import parse_layer
 from fastconv.counts import Counts
 from fastconv.errors import BackendError, UnsupportedError
 from fastconv.geometry import Geometry
@@ -515,24 +517,56 @@ def test_compare_warns_of_other_settings():
     assert "NOT COMPARABLE: threads: 2 -> 1" in report.comparison(document(ours=1.0), other)
 
 
-def test_the_readme_is_written_between_its_markers(tmp_path):
+def test_the_readme_is_written_between_its_markers(tmp_path, monkeypatch):
+    monkeypatch.setattr(readme.errors, "measured", lambda: iter([ERROR]))
     (tmp_path / "bench" / "results").mkdir(parents=True)
-    text = f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n"
+    text = "before\n<!-- bench -->\nold\n<!-- /bench -->\n<!-- errors --><!-- /errors -->\nafter\n"
     (tmp_path / "README.md").write_text(text)
     with pytest.raises(UnsupportedError, match="no results in bench/results"):
         readme.write(tmp_path)
     document(ours=1.0, torch=2.0, openvino=1.5).write(tmp_path / "bench/results/abacus.json")
     for _ in range(2):  # the second time changes nothing
         written = readme.write(tmp_path).read_text()
-        before, table, after = written.replace(readme.END, readme.BEGIN).split(readme.BEGIN)
-        assert (before, after) == ("before\n", "\nafter\n")
+        before, rest = written.split("<!-- bench -->\n")
+        table, rest = rest.split("\n<!-- /bench -->")
+        assert before == "before\n"
         assert f"| {LAYER.name} | 1.000 | 1.500 OpenVINO | 1.50 | 2e-07 |" in table
         assert "Abacus, 2 threads" in table
+        assert "| 2D F(4x4, 3x3) | 2.0e-06 | 1.0e-06 | 1.5 | 1.2 | 7.13 |" in rest
+        assert rest.endswith("<!-- /errors -->\nafter\n")
+
+
+ERROR = errors.Error(2, 4, 2e-6, 1e-6, 1.5, 1.2, 7.13)
+
+
+def test_a_readme_without_its_markers_stays(tmp_path):
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    document(ours=1.0).write(tmp_path / "bench/results/abacus.json")
+    (tmp_path / "README.md").write_text("<!-- bench --><!-- /bench -->")
+    with pytest.raises(UnsupportedError, match=r"needs <!-- errors --> and then <!-- /errors -->"):
+        readme.write(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "<!-- bench --><!-- /bench -->"
 
 
 def test_the_readme_of_this_checkout_has_its_markers():
     text = (ROOT / "README.md").read_text()
-    assert text.count(readme.BEGIN) == text.count(readme.END) == 1
+    for name in (readme.BENCH, readme.ERRORS):
+        assert text.count(f"<!-- {name} -->") == text.count(f"<!-- /{name} -->") == 1
+
+
+def test_errors_of_minimal_filtering_are_near_what_is_expected(monkeypatch):
+    """Small layers on whatever is here: the expected factor of the planner holds within 2."""
+    layers = ("conv1d:16-16:3@64:p1", "conv2d:16-16:3x3@16x16:p1")
+    monkeypatch.setattr(errors, "LAYERS", layers)
+    found = {(e.axes, e.m): e for e in errors.measured()}
+    assert set(found) == {(axes, m) for axes in (1, 2) for m in errors.TILES}
+    for (axes, m), e in found.items():
+        if m is None:
+            assert (e.factor_largest, e.factor_rms, e.amplification) == (1, 1, 1)
+            continue
+        geometry = parse_layer(layers[axes - 1])
+        plan = planner.plan(geometry, algorithm="winograd", tile=(m,) * axes, tolerance=1e9)
+        assert e.factor_rms < 2 * planner.error_factor(plan)
 
 
 def test_plots_are_drawn(tmp_path):
