@@ -23,6 +23,7 @@ class Peer:
     kinds     the kinds of cases it is for
     devices   where it runs
     short     the head of its column
+    process   on a CPU, peers of the same name here are timed in one process; '' stands for `name`
     """
 
     name: str
@@ -32,6 +33,7 @@ class Peer:
     prepare: Callable[[Problem, Settings], Prepared]
     kinds: tuple[str, ...] = KINDS
     devices: tuple[str, ...] = ("cpu", "cuda")
+    process: str = ""
 
     def missing(self) -> str | None:
         """None, or why it cannot run here at all."""
@@ -40,6 +42,15 @@ class Peer:
             return None
         return f"{' and '.join(absent)} not installed: pip install 'fastconv[bench]'"
 
+    def refusal(self, kind: str, device: str) -> tuple[str, str] | None:
+        """Status and reason for not even trying a case of this kind."""
+        if kind not in self.kinds:
+            return "unsupported", f"is for {', '.join(self.kinds)}"
+        if device not in self.devices:
+            return "unsupported", f"is for {' and '.join(self.devices)}"
+        missing = self.missing()
+        return None if missing is None else ("unavailable", missing)
+
 
 TORCH = ("torch",)
 OPENVINO = ("openvino", "torch")
@@ -47,8 +58,15 @@ ONNX = ("onnxruntime", "onnx", "torch")
 WHOLE = ("layers", "blocks", "networks")
 CPU, GPU = ("cpu",), ("cuda",)
 _ALL = (
-    Peer("torch", "PyTorch", "torch", TORCH, torch_peers.plain(False)),
-    Peer("torch-last", "PyTorch channels_last_3d", "t.last", TORCH, torch_peers.plain(True)),
+    Peer("torch", "PyTorch", "torch", TORCH, torch_peers.plain(False), process="torch"),
+    Peer(
+        "torch-last",
+        "PyTorch channels_last_3d",
+        "t.last",
+        TORCH,
+        torch_peers.plain(True),
+        process="torch",
+    ),
     Peer("torch-tf32", "PyTorch TF32", "t.tf32", TORCH, torch_peers.plain(False, True), KINDS, GPU),
     Peer(
         "torch-last-tf32",
@@ -59,7 +77,6 @@ _ALL = (
         KINDS,
         GPU,
     ),
-    Peer("torch-compile", "torch.compile frozen", "t.comp", TORCH, torch_peers.compiled, WHOLE),
     Peer("openvino", "OpenVINO", "ov.f32", OPENVINO, runtimes.openvino("f32"), KINDS, CPU),
     Peer(
         "openvino-default",
@@ -69,6 +86,7 @@ _ALL = (
         runtimes.openvino(None),
         KINDS,
         CPU,
+        "openvino",
     ),
     Peer("onnxruntime", "ONNX Runtime", "ort", ONNX, runtimes.onnxruntime, WHOLE, CPU),
     Peer(
@@ -79,6 +97,8 @@ _ALL = (
         runtimes.continual,
         ("streams",),
     ),
+    # Last, for compiling a network takes longer than timing it.
+    Peer("torch-compile", "torch.compile frozen", "t.comp", TORCH, torch_peers.compiled, WHOLE),
 )
 PEERS: dict[str, Peer] = {peer.name: peer for peer in _ALL}
 # A name that stands for several.

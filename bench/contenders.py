@@ -18,13 +18,13 @@ MOST_SETS = 16
 class Settings:
     """Where and how to time.
 
-    budget_s  of timing per case
+    budget_s  of timing per contender of a case
     cold      caches are emptied before each call (CPU)
     """
 
     threads: int
-    repeats: int = 30
-    budget_s: float = 4.0
+    repeats: int = 50
+    budget_s: float = 0.5
     cold: bool = False
     device: str = "cpu"
 

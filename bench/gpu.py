@@ -11,6 +11,7 @@ from fastconv import backends
 
 from . import baselines, cases, machine, no_gpu, results, run
 from .contenders import Settings
+from .job import set_up
 from .ours import Choice
 from .results import OURS, Document
 from .roofline import Roofline
@@ -28,8 +29,8 @@ def main(args: argparse.Namespace) -> int:
     folder = Path(args.out)
     path = results.target(str(folder / f"{machine.kind('cuda')}.json"), "")
     chosen = cases.select(cases.KINDS, traced=False, dtypes=cases.DTYPES)
-    settings = Settings(args.threads or machine.cpus(), device="cuda", budget_s=2.0)
-    run.set_up(settings)
+    settings = Settings(args.threads or machine.cpus(), device="cuda", budget_s=0.3)
+    set_up(settings)
     wrong = check(chosen, settings, folder / "checks.json")
     document = Document(machine.facts("cuda"), run.described(settings, Choice()), path=path)
     peers = baselines.select("all", "cuda")

@@ -32,7 +32,12 @@ def add(commands: Any) -> None:
     rates = kinds.add_parser("rates", help="what each family reached in a file, per thread")
     rates.add_argument("file", metavar="FILE.json")
     rates.set_defaults(command=_rates)
-    readme = kinds.add_parser("readme", help="write the table of bench/results into README.md")
+    errors = kinds.add_parser("errors", help="how far minimal filtering is from float64")
+    errors.add_argument("--backend", default="auto", help="auto (default), numba, c, torch, ...")
+    errors.set_defaults(command=_errors)
+    readme = kinds.add_parser(
+        "readme", help="write the tables of errors and of bench/results into README.md"
+    )
     readme.set_defaults(command=_readme)
     listing = kinds.add_parser("list", help="the cases, and the peers with what is missing")
     listing.set_defaults(command=_list)
@@ -53,9 +58,9 @@ def _timing(parser: argparse.ArgumentParser, kinds: tuple[str, ...]) -> None:
     add("--table-only", action="store_true", help="of layers: without those of the networks")
     add("--cold", action="store_true", help="empty the caches before each timed call")
     add("--threads", type=_positive, help="default: every CPU that this process may use")
-    add("--repeats", type=_positive, default=30, help="at most; default: %(default)s")
-    text = "seconds of timing per case (networks 3 times as long); default: %(default)g"
-    add("--budget", type=_seconds, default=4.0, metavar="S", help=text)
+    add("--repeats", type=_positive, default=50, help="at most; default: %(default)s")
+    text = "seconds per contender of a case (networks twice as long); default: %(default)g"
+    add("--budget", type=_seconds, default=0.5, metavar="S", help=text)
     text = "seconds after which no further case is begun; default: none"
     add("--limit", type=_seconds, default=float("inf"), metavar="S", help=text)
     add("--json", metavar="FILE", help="write rows as they come; into a folder: named by machine")
@@ -102,6 +107,13 @@ def _rates(args: argparse.Namespace) -> int:
     from . import report, results
 
     print("\n".join(report.rates(results.read(args.file))))
+    return 0
+
+
+def _errors(args: argparse.Namespace) -> int:
+    from . import errors
+
+    print("\n".join(errors.table(errors.measured(args.backend))))
     return 0
 
 

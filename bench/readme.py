@@ -1,4 +1,4 @@
-"""The README's table, written from the committed results and never by hand."""
+"""The README's tables, written from the committed results and from errors measured now."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from statistics import median
 
 from fastconv.errors import UnsupportedError
 
-from . import results
+from . import errors, results
 from .baselines import PEERS
 from .cases import TABLE
 from .report import not_quiet, time_of
 from .results import OURS, Document, Row
 
-BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
+BENCH, ERRORS = "bench", "errors"
 TITLES = {
     "layers": "layer (channels, TxHxW)",
     "blocks": "block",
@@ -35,13 +35,26 @@ def write(root: Path | None = None) -> Path:
     if not files:
         raise UnsupportedError("bench: no results in bench/results; `bench all --json` makes some")
     text = readme.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(END) < text.index(BEGIN):
-        raise UnsupportedError(f"bench: README.md needs {BEGIN} and then {END}, each once")
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    sections = "\n\n".join(section(results.read(file)) for file in files)
-    readme.write_text(f"{before}{BEGIN}\n{sections}\n{END}{after}", encoding="utf-8")
+    sections = {
+        BENCH: lambda: "\n\n".join(section(results.read(file)) for file in files),
+        ERRORS: lambda: "\n".join(errors.table(errors.measured())),
+    }
+    for name in sections:
+        _cut(text, name)
+    for name, made in sections.items():
+        before, after = _cut(text, name)
+        text = f"{before}\n{made()}\n{after}"
+    readme.write_text(text, encoding="utf-8")
     return readme
+
+
+def _cut(text: str, name: str) -> tuple[str, str]:
+    """What stands before and behind a generated part, with its markers."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(end) < text.index(begin):
+        raise UnsupportedError(f"bench: README.md needs {begin} and then {end}, each once")
+    before, rest = text.split(begin)
+    return before + begin, end + rest.split(end)[1]
 
 
 def section(document: Document) -> str:
@@ -49,11 +62,15 @@ def section(document: Document) -> str:
     m, s = document.machine, document.settings
     versions = [f"{name} {m['versions'][name]}" for name in _named(m["versions"])]
     busy = " **The machine was not quiet.**" if not_quiet(document) else ""
+    turns = "each library by turns with ours in a process of its own"
+    if s["device"] != "cpu":
+        turns = "all by turns in one process"
     lines = [
         f"{m.get('gpu') or m['cpu']}, {s['threads']} threads, float32, batch 1, {m['date'][:10]}, "
         f"commit {m['commit'] or 'unknown'}; {', '.join(versions)}. Peers in this run: "
-        f"{', '.join(_timed(document))}. Milliseconds, medians by turns in one process; the best "
-        "peer computes in float32 too. The error is the largest, relative to the largest output, "
+        f"{', '.join(_timed(document))}. Milliseconds, medians; {turns}. The best peer is "
+        "the one with the lowest ratio among those that compute in float32 too; ours is as timed "
+        "beside it. The error is the largest, relative to the largest output, "
         f"against float64.{busy}"
     ]
     for kind, title in TITLES.items():

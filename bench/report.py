@@ -21,7 +21,7 @@ def header(document: Document) -> list[str]:
     lines = [
         f"{m.get('gpu') or m['cpu']}, {m['cpus']} CPUs, {sets}; {s['threads']} threads",
         f"{versions}; commit {m['commit'] or 'unknown'}",
-        f"medians of up to {s['repeats']} calls by turns in {s['budget_s']:g} s per case; "
+        f"medians of up to {s['repeats']} calls in {s['budget_s']:g} s per contender and case; "
         f"caches {s['caches']}",
     ]
     if not_quiet(document):
@@ -114,6 +114,7 @@ def reasons(document: Document) -> list[str]:
     for (who, precision), largest in errors.items():
         error = f"largest error {max(largest):.1e} of the largest output"
         lines.append(f"{who} computes in {precision}, {error}: not counted in the ratio")
+    lines += beside(document)
     above = [row["name"] for row in document.rows if (row.get("roof_fraction") or 0) > ABOVE_ROOF]
     if above:
         lines.append(
@@ -125,6 +126,20 @@ def reasons(document: Document) -> list[str]:
             "~ noisy: fewer than 3 calls, or the 80 % quantile above 1.25 times the 20 % quantile"
         )
     return lines
+
+
+def beside(document: Document) -> list[str]:
+    """How much the process changes our time: over the shortest of all processes."""
+    factors: dict[str, list[float]] = {}
+    for case in document.cases():
+        timed = [row for row in case if "ours_ms" in row and row["who"] in PEERS]
+        ours = {PEERS[row["who"]].process or row["who"]: row["ours_ms"] for row in timed}
+        for process, ms in ours.items():
+            factors.setdefault(process, []).append(ms / min(ours.values()))
+    if len(factors) < 2 or document.settings.get("device") != "cpu":
+        return []
+    parts = [f"{median(values):.2f} beside {process}" for process, values in factors.items()]
+    return [f"our time over its shortest of all processes, in the middle: {', '.join(parts)}"]
 
 
 def comparison(before: Document, after: Document) -> list[str]:

@@ -11,8 +11,10 @@ from typing import Any
 
 from fastconv.errors import UnsupportedError
 
-FORMAT = 1
+FORMAT = 2
 OURS = "ours"
+# Which of our rows of one case stands for all: a mistake is never hidden by another process.
+RANKS = ("wrong", "ok", "failed", "unsupported", "unavailable", "skipped")
 Row = dict[str, Any]
 
 
@@ -22,7 +24,9 @@ class Document:
 
     machine, settings, roofline: what the rows should be read with
     rows: one per case and contender, 'ours' first; `status` is 'ok', 'wrong' (then there are no
-        times), 'unsupported', 'unavailable', 'failed' or 'skipped', and `reason` says why
+        times), 'unsupported', 'unavailable', 'failed' or 'skipped', and `reason` says why.
+        A peer's `ours_ms` is our time in the peer's own process, its `ratio` is its time over that.
+        The row of ours is the one beside the best peer, the one with the lowest ratio
     """
 
     machine: dict[str, Any] = field(default_factory=dict)
@@ -32,8 +36,13 @@ class Document:
     path: Path | None = None
 
     def add(self, rows: list[Row]) -> None:
-        """Append rows and, if there is a file, write it whole: an interrupt later loses nothing."""
+        """Take in what a process found and, if there is a file, write it whole.
+
+        So an interrupt later loses nothing. Of a case that several processes timed, one row of
+        ours stays.
+        """
         self.rows += rows
+        self.rows = [row for case in self.cases() for row in merged(case)]
         if self.path is not None:
             self.write(self.path)
 
@@ -98,12 +107,33 @@ def target(text: str, kind: str) -> Path:
     return path
 
 
-def best_peer(rows: list[Row]) -> Row | None:
-    """The fastest peer of a case that was right and computed in ours' precision."""
-    precision = next((row["precision"] for row in rows if row["who"] == OURS), "float32")
+def rate(rows: list[Row]) -> None:
+    """Add the ratios to the rows of one case from one process.
+
+    Every peer's time over ours; and for ours the lowest of them, among peers that compute in ours'
+    precision.
+    """
+    own = next((row for row in rows if row["who"] == OURS and row["status"] == "ok"), None)
+    if own is None:
+        return
     peers = [row for row in rows if row["who"] != OURS and row["status"] == "ok"]
-    equal = [row for row in peers if row["precision"] == precision]
-    return min(equal, key=lambda row: float(row["median_ms"]), default=None)
+    for row in peers:
+        row.update(ours_ms=own["median_ms"], ratio=row["median_ms"] / own["median_ms"])
+    equal = [row for row in peers if row["precision"] == own["precision"]]
+    best = min(equal, key=lambda row: float(row["ratio"]), default=None)
+    if best is not None:
+        own.update(ratio=best["ratio"], best_peer=best["who"], best_peer_ms=best["median_ms"])
+
+
+def merged(rows: list[Row]) -> list[Row]:
+    """The rows of one case from several processes: one of ours, then the peers."""
+    own = [row for row in rows if row["who"] == OURS]
+    best = [min(own, key=_rank)] if own else []
+    return best + [row for row in rows if row["who"] != OURS]
+
+
+def _rank(own: Row) -> tuple[int, float]:
+    return RANKS.index(own["status"]), own.get("ratio") or math.inf
 
 
 def _finite(value: Any) -> Any:

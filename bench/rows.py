@@ -1,10 +1,19 @@
-"""The rows of one case: ours and every peer prepared, checked, timed, and what their times mean."""
+"""The rows of one case from one process: ours and its peers prepared, checked, timed, compared.
+
+How it is timed on a CPU, and why. The threads of a library that ran keep spinning for a while, on
+cores that the next one needs. On 2 cores, after ONNX Runtime ran X3D-S our first call takes 67 ms
+and not 32: its threads spin for 35 ms. After ours OpenVINO's first call takes 22 ms and not 16.
+So contenders take turns, a turn begins with untimed calls for `SETTLE_S`, at least one, and then
+some are timed. In a process with but one other library this is enough: the later calls take as
+long as without the peer, and as after a pause in which all fall asleep. Calls that take longer than
+`LONG_MS` are disturbed by a few percent at most, and are not repeated for it.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 
@@ -23,31 +32,35 @@ from .results import OURS, Row
 from .roofline import Roofline
 
 REFUSALS = (UnsupportedError, BackendError, GeometryError)
-# The idle threads of other libraries spin on after their work, and a core that slept is slow:
-# before a turn of short calls those get time to fall asleep, and untimed calls wake our own.
-PAUSE_S, WARM_S, SHORT_MS, BURST = 0.02, 0.005, 20.0, 5
+SETTLE_S, LONG_MS, BURST = 0.05, 1000.0, 5
 FLUSH_BYTES = 1 << 27  # larger than any cache
 # Networks take long and are few, their single layers are many.
-NETWORK_SHARE, LAYER_SHARE = 3.0, 0.3
-COMPILED = "torch-compile"
+NETWORK_SHARE, LAYER_SHARE = 2.0, 0.2
 
 
 def of_case(
-    case: Case, peers: Sequence[Peer], choice: Choice, settings: Settings, roofs: Roofline
+    case: Case,
+    peers: Sequence[Peer],
+    choice: Choice,
+    settings: Settings,
+    roofs: Roofline,
+    folder: str | None = None,
 ) -> list[Row]:
-    """Ours first, then every peer, each with its times or with the reason why there are none."""
+    """Ours first, then every peer, each with its times or with the reason why there are none.
+
+    folder: see `problems.make`
+    """
     try:
-        problem = problems.make(case)
+        problem = problems.make(case, folder)
     except REFUSALS as error:
         return [bare(case, OURS, "unsupported", _line(error))]
-    settings = _shared(settings, case)
     rows: list[Row] = []
     ready: dict[str, Prepared] = {}
     makers: dict[str, Callable[[], Prepared]] = {
         OURS: lambda: ours.prepare(problem, choice, settings)
     }
     for peer in peers:
-        refusal = _refusal(peer, peers, case, settings)
+        refusal = peer.refusal(case.kind, settings.device)
         if refusal is not None:
             rows.append(bare(case, peer.name, *refusal))
         else:
@@ -58,37 +71,19 @@ def of_case(
         if prepared is not None:
             ready[who] = prepared
     rows.sort(key=lambda row: row["who"] != OURS)
-    _time(rows, ready, settings)
+    budget_s = settings.budget_s * _share(case) * len(ready)
+    _time(rows, ready, replace(settings, budget_s=budget_s))
     if rows[0]["status"] == "ok":
         rows[0].update(_arithmetic(ready[OURS], roofs, rows[0]["median_ms"], case.dtype))
-        best = results.best_peer(rows)
-        if best is not None:
-            ratio = best["median_ms"] / rows[0]["median_ms"]
-            rows[0].update(ratio=ratio, best_peer=best["who"], best_peer_ms=best["median_ms"])
+    results.rate(rows)
     return rows
 
 
-def _shared(settings: Settings, case: Case) -> Settings:
-    """The settings with this case's share of time."""
-    share = NETWORK_SHARE if case.kind == "networks" else 1.0
-    share = share if case.source == TABLE else LAYER_SHARE
-    return Settings(**{**asdict(settings), "budget_s": settings.budget_s * share})
-
-
-def _refusal(
-    peer: Peer, peers: Sequence[Peer], case: Case, settings: Settings
-) -> tuple[str, str] | None:
-    """Status and reason for a peer that is not even tried."""
-    missing = peer.missing()
-    if case.kind not in peer.kinds:
-        return "unsupported", f"is for {', '.join(peer.kinds)}"
-    if settings.device not in peer.devices:
-        return "unsupported", f"is for {' and '.join(peer.devices)}"
-    if missing is not None:
-        return "unavailable", missing
-    if peer.name == COMPILED and case.source != TABLE and len(peers) > 1:
-        return "skipped", "compiling every layer of a network takes long; alone in --peers it runs"
-    return None
+def _share(case: Case) -> float:
+    """This case's time as a multiple of the settings' budget."""
+    if case.source != TABLE:
+        return LAYER_SHARE
+    return NETWORK_SHARE if case.kind == "networks" else 1.0
 
 
 def _checked(
@@ -162,34 +157,33 @@ def _time(rows: list[Row], ready: Mapping[str, Prepared], settings: Settings) ->
 def timed(functions: Mapping[str, Callable[[], object]], settings: Settings) -> dict[str, Timing]:
     """Time functions by turns on the CPU, with cold caches or with warm ones.
 
-    Warm: a turn of short calls follows a pause and calls that are not timed, so that caches, cores
-    and threads are its own; long calls warm themselves. Cold: a large array is written before each.
+    Warm: a turn begins with untimed calls, so that caches, cores and threads are its own. Cold: a
+    large array is written before each call.
     """
     before: dict[str, Callable[[], object]] = {}
-    trash = np.zeros(FLUSH_BYTES // 4, np.float32) if settings.cold else None
-    for name, function in functions.items():
-        function()
-        start = time.perf_counter()
-        function()
-        short = 1e3 * (time.perf_counter() - start) < SHORT_MS
-        if trash is not None:
-            before[name] = lambda trash=trash: np.add(trash, 1, out=trash)  # type: ignore[misc]
-        elif short:
-            before[name] = _waking(function)
+    if settings.cold:
+        trash = np.zeros(FLUSH_BYTES // 4, np.float32)
+        before = dict.fromkeys(functions, lambda: np.add(trash, 1, out=trash))
+    else:
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if 1e3 * (time.perf_counter() - start) < LONG_MS:
+                before[name] = _settling(function)
+    by_one = settings.cold or len(before) < len(functions)
     return measure(
         functions,
         repeats=settings.repeats,
-        warmup=1,
+        warmup=0,
         budget_s=settings.budget_s,
         before=before,
-        burst=1 if settings.cold or not before else min(BURST, settings.repeats),
+        burst=1 if by_one else min(BURST, settings.repeats),
     )
 
 
-def _waking(function: Callable[[], object]) -> Callable[[], object]:
+def _settling(function: Callable[[], object]) -> Callable[[], object]:
     def calls() -> None:
-        time.sleep(PAUSE_S)
-        end = time.perf_counter() + WARM_S
+        end = time.perf_counter() + SETTLE_S
         while time.perf_counter() < end:
             function()
 

@@ -1,9 +1,10 @@
-"""One run: prepare, check against float64, then time ours and the peers by turns."""
+"""One run: every process of peers after the other, rows kept and shown as they come."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -13,19 +14,19 @@ from fastconv import backends
 from fastconv.errors import BackendError, UnsupportedError
 from fastconv.planner import ALGORITHMS
 
-from . import baselines, cases, machine, no_gpu, report, results, roofline
+from . import baselines, cases, machine, no_gpu, processes, report, results, roofline
 from .baselines import Peer
 from .cases import Case
 from .contenders import Settings
+from .job import Job, set_up
 from .ours import Choice
 from .results import OURS, Document
-from .rows import bare, of_case
 
 INTERRUPTED = 130
 
 
 def main(args: argparse.Namespace) -> int:
-    """The command; 0 unless one of our answers was wrong or the run was interrupted."""
+    """The command; 0 unless ours was wrong or failed, or the run was interrupted."""
     chosen, peers, choice, settings = requested(args)
     path = results.target(args.json, machine.kind(args.device)) if args.json else None
     if args.plot:
@@ -51,26 +52,31 @@ def execute(
     limit_s: float,
 ) -> int:
     """Measure everything, print what is known, and say how it ended."""
-    start, ended = time.monotonic(), 0
+    until, ended, done = time.time() + limit_s, 0, 0
+    found: list[processes.Part] = []
     print("\n".join(report.header(document)), flush=True)
     try:
         roofs = roofline.of(settings, tuple(dict.fromkeys(case.dtype for case in chosen)))
         document.roofline = roofs.record()
         print("\n".join(report.roofs(document)), flush=True)
-        for case in progress(chosen):
-            if time.monotonic() - start > limit_s:
-                reason = f"the run's limit of {limit_s:g} s was reached"
-                document.add([bare(case, OURS, "skipped", reason)])
-            else:
-                document.add(of_case(case, peers, choice, settings, roofs))
+        with tempfile.TemporaryDirectory() as folder:
+            names = tuple(peer.name for peer in peers)
+            job = Job(tuple(chosen), names, choice, settings, roofs, until, folder)
+            found = processes.parts(job)
+            for part, answers in processes.measured(job, found):
+                title = f"{part.process}, {found.index(part) + 1} of {len(found)}"
+                for _, rows in zip(progress(part.cases, title), answers, strict=True):
+                    document.add(rows)
+                    done += 1
+            document.add(processes.refusals(job, found))
     except KeyboardInterrupt:
         ended = INTERRUPTED
     print("\n".join(report.summary(document, with_header=False)))
     if ended:
-        done = f"{len(document.cases())} of {len(chosen)} cases are done"
-        print(f"fastconv: interrupted; {done}", file=sys.stderr)
-    wrong = any(row["who"] == OURS and row["status"] == "wrong" for row in document.rows)
-    return ended or int(wrong)
+        total = sum(len(part.cases) for part in found)
+        print(f"fastconv: interrupted; {done} of {total} measurements are done", file=sys.stderr)
+    bad = any(r["who"] == OURS and r["status"] in ("wrong", "failed") for r in document.rows)
+    return ended or int(bad)
 
 
 def requested(
@@ -117,28 +123,14 @@ def require_plots(folder: str) -> None:
         raise UnsupportedError(message) from error
 
 
-def set_up(settings: Settings) -> None:
-    """Tell every library how many threads to use; some are told as they prepare. cuDNN may try."""
-    threads = settings.threads
-    if backends.available()["numba"] is None:
-        import numba
-
-        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-    if backends.available()["torch"] is None:
-        import torch
-
-        torch.set_num_threads(threads)
-        torch.backends.cudnn.benchmark = settings.device == "cuda"
-
-
-def progress(chosen: Sequence[Case]) -> Iterator[Case]:
+def progress(chosen: Sequence[Case], title: str = "") -> Iterator[Case]:
     """The cases under a progress bar on stderr, where tqdm is installed."""
     if not backends.installed("tqdm"):
         yield from chosen
         return
     from tqdm import tqdm
 
-    form = "{bar:24} {n}/{total} {elapsed} {desc}"
+    form = f"{title} {{bar:24}} {{n}}/{{total}} {{elapsed}} {{desc}}"
     with tqdm(chosen, file=sys.stderr, leave=False, bar_format=form) as bar:
         for case in bar:
             bar.set_description_str(case.name)

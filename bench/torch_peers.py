@@ -95,7 +95,8 @@ def compiled(problem: Problem, settings: Settings) -> Prepared:
     # Each case is a new model, not a recompilation of the last.
     torch._dynamo.reset()
     fast = torch.compile(module)
-    with torch.inference_mode(), inductor.patch(freezing=True):
+    # One compiler thread: the processes of a pool start late and compute beside what is timed.
+    with torch.inference_mode(), inductor.patch(freezing=True, compile_threads=1):
         fast(next(xs))  # type: ignore[no-untyped-call]
     return _prepared(problem, settings, fast, xs)
 

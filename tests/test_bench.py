@@ -14,28 +14,31 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastconv import backends, cli, counts
+from fastconv import backends, cli, counts, planner
 from fastconv.bench import (
     baselines,
     cases,
     cuda,
+    errors,
     gpu,
+    job,
     machine,
     no_gpu,
     ours,
     problems,
+    processes,
     readme,
     report,
     results,
     roofline,
     rows,
-    run,
 )
 from fastconv.bench.baselines import Peer
 from fastconv.bench.cases import Case
 from fastconv.bench.contenders import Prepared, Settings, in_place
 from fastconv.bench.results import OURS, Document
 from fastconv.bench.roofline import Roofline
+from fastconv.count_table import parse_layer
 from fastconv.counts import Counts
 from fastconv.errors import BackendError, UnsupportedError
 from fastconv.geometry import Geometry
@@ -151,7 +154,8 @@ def test_a_row_has_times_errors_and_the_nearer_roof():
     assert own["macs"] == own["multiplications"] == 4 * 75 * 27
     assert own["roof"] == "compute"
     assert own["roof_ms"] == pytest.approx(1e3 * own["macs"] / 1e11)
-    assert own["ratio"] == other["median_ms"] / own["median_ms"]
+    assert own["ratio"] == other["ratio"] == other["median_ms"] / own["median_ms"]
+    assert other["ours_ms"] == own["median_ms"]
     assert own["error_max"] < 1e-6
     assert other["error_max"] == 0
     assert own["repeats"] <= QUICK.repeats
@@ -211,6 +215,7 @@ def test_the_best_peer_computes_in_the_same_precision():
     found = rows.of_case(LAYER, [peer("coarse", coarse), peer("exact")], REFERENCE, QUICK, ROOFS)
     assert [row["status"] for row in found] == ["ok"] * 3
     assert found[0]["best_peer"] == "exact"
+    assert found[1]["ratio"] == found[1]["median_ms"] / found[0]["median_ms"]
     (line,) = [r for r in report.reasons(Document(rows=found)) if r.startswith("coarse")]
     assert line.startswith("coarse computes in bfloat16, largest error ")
 
@@ -281,7 +286,8 @@ def test_the_loop_of_multiply_adds_does_them():
 
 @pytest.fixture
 def small(monkeypatch):
-    """A table of three small cases, and roofs that take no time."""
+    """A table of three small cases, roofs that take no time, and no other process."""
+    monkeypatch.setattr(processes, "rows", job.Job.rows)
     monkeypatch.setattr(cases, "table", lambda: list(SMALL))
     monkeypatch.setattr(cases, "of_networks", list)
     monkeypatch.setattr(roofline, "of", lambda settings, dtypes: ROOFS)
@@ -325,30 +331,30 @@ def test_a_folder_gets_a_file_named_by_the_machine(small, bench, tmp_path):
 
 
 def test_an_interrupt_keeps_what_was_measured(small, bench, tmp_path, monkeypatch):
-    real = run.of_case
+    real = job.of_case
 
     def second_time(case, *rest):
         if case.kind == "blocks":
             raise KeyboardInterrupt
         return real(case, *rest)
 
-    monkeypatch.setattr(run, "of_case", second_time)
+    monkeypatch.setattr(job, "of_case", second_time)
     path = tmp_path / "rows.json"
     code, out, err = bench("all", "--backend", "reference", "--peers", "none", "--json", path)
-    assert (code, err) == (130, ["fastconv: interrupted; 1 of 3 cases are done"])
+    assert (code, err) == (130, ["fastconv: interrupted; 1 of 3 measurements are done"])
     assert LAYER.name in out
     assert [row["target"] for row in results.read(path).rows] == [LAYER.target]
 
 
 def test_a_crash_keeps_what_was_measured(small, tmp_path, monkeypatch):
-    real = run.of_case
+    real = job.of_case
 
     def second_time(case, *rest):
         if case.kind == "blocks":
             raise SystemError("the process is gone")
         return real(case, *rest)
 
-    monkeypatch.setattr(run, "of_case", second_time)
+    monkeypatch.setattr(job, "of_case", second_time)
     path = tmp_path / "rows.json"
     argv = ["bench", "all", "--backend", "reference", "--peers", "none", "--json", str(path)]
     with pytest.raises(SystemError):
@@ -360,8 +366,10 @@ def test_after_the_limit_cases_are_listed_as_skipped(small, bench, tmp_path):
     path = tmp_path / "rows.json"
     bench("all", "--backend", "reference", "--limit", 1e-9, "--json", path)
     found = results.read(path).rows
-    assert [row["status"] for row in found] == ["skipped"] * 3
-    assert "limit of 1e-09 s" in found[0]["reason"]
+    assert {row["status"] for row in found} <= {"skipped", "unsupported", "unavailable"}
+    own = [row for row in found if row["who"] == OURS]
+    assert [row["status"] for row in own] == ["skipped"] * 3
+    assert own[0]["reason"] == "the run's time limit was reached"
 
 
 def test_a_wrong_answer_of_ours_is_loud(small, bench, monkeypatch):
@@ -459,10 +467,7 @@ def document(**medians: float) -> Document:
     made_of = counts.count(LAYER.geometry)
     found[0].update(roof="memory", roof_ms=0.1, roof_fraction=0.5, bytes=made_of.activation_bytes)
     found[0].update(macs=made_of.macs, multiplications=made_of.macs)
-    best = results.best_peer(found)
-    if best is not None:
-        ratio = best["median_ms"] / found[0]["median_ms"]
-        found[0].update(ratio=ratio, best_peer=best["who"], best_peer_ms=best["median_ms"])
+    results.rate(found)
     made.add(found)
     return made
 
@@ -512,24 +517,56 @@ def test_compare_warns_of_other_settings():
     assert "NOT COMPARABLE: threads: 2 -> 1" in report.comparison(document(ours=1.0), other)
 
 
-def test_the_readme_is_written_between_its_markers(tmp_path):
+def test_the_readme_is_written_between_its_markers(tmp_path, monkeypatch):
+    monkeypatch.setattr(readme.errors, "measured", lambda: iter([ERROR]))
     (tmp_path / "bench" / "results").mkdir(parents=True)
-    text = f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n"
+    text = "before\n<!-- bench -->\nold\n<!-- /bench -->\n<!-- errors --><!-- /errors -->\nafter\n"
     (tmp_path / "README.md").write_text(text)
     with pytest.raises(UnsupportedError, match="no results in bench/results"):
         readme.write(tmp_path)
     document(ours=1.0, torch=2.0, openvino=1.5).write(tmp_path / "bench/results/abacus.json")
     for _ in range(2):  # the second time changes nothing
         written = readme.write(tmp_path).read_text()
-        before, table, after = written.replace(readme.END, readme.BEGIN).split(readme.BEGIN)
-        assert (before, after) == ("before\n", "\nafter\n")
+        before, rest = written.split("<!-- bench -->\n")
+        table, rest = rest.split("\n<!-- /bench -->")
+        assert before == "before\n"
         assert f"| {LAYER.name} | 1.000 | 1.500 OpenVINO | 1.50 | 2e-07 |" in table
         assert "Abacus, 2 threads" in table
+        assert "| 2D F(4x4, 3x3) | 2.0e-06 | 1.0e-06 | 1.5 | 1.2 | 7.13 |" in rest
+        assert rest.endswith("<!-- /errors -->\nafter\n")
+
+
+ERROR = errors.Error(2, 4, 2e-6, 1e-6, 1.5, 1.2, 7.13)
+
+
+def test_a_readme_without_its_markers_stays(tmp_path):
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    document(ours=1.0).write(tmp_path / "bench/results/abacus.json")
+    (tmp_path / "README.md").write_text("<!-- bench --><!-- /bench -->")
+    with pytest.raises(UnsupportedError, match=r"needs <!-- errors --> and then <!-- /errors -->"):
+        readme.write(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "<!-- bench --><!-- /bench -->"
 
 
 def test_the_readme_of_this_checkout_has_its_markers():
     text = (ROOT / "README.md").read_text()
-    assert text.count(readme.BEGIN) == text.count(readme.END) == 1
+    for name in (readme.BENCH, readme.ERRORS):
+        assert text.count(f"<!-- {name} -->") == text.count(f"<!-- /{name} -->") == 1
+
+
+def test_errors_of_minimal_filtering_are_near_what_is_expected(monkeypatch):
+    """Small layers on whatever is here: the expected factor of the planner holds within 2."""
+    layers = ("conv1d:16-16:3@64:p1", "conv2d:16-16:3x3@16x16:p1")
+    monkeypatch.setattr(errors, "LAYERS", layers)
+    found = {(e.axes, e.m): e for e in errors.measured()}
+    assert set(found) == {(axes, m) for axes in (1, 2) for m in errors.TILES}
+    for (axes, m), e in found.items():
+        if m is None:
+            assert (e.factor_largest, e.factor_rms, e.amplification) == (1, 1, 1)
+            continue
+        geometry = parse_layer(layers[axes - 1])
+        plan = planner.plan(geometry, algorithm="winograd", tile=(m,) * axes, tolerance=1e9)
+        assert e.factor_rms < 2 * planner.error_factor(plan)
 
 
 def test_plots_are_drawn(tmp_path):

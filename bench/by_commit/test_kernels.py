@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from fastconv import backends
-from fastconv.bench import cases, machine, ours, problems, run
+from fastconv.bench import cases, machine, ours, problems
 from fastconv.bench.cases import Case
 from fastconv.bench.contenders import Settings
+from fastconv.bench.job import set_up
 from fastconv.errors import BackendError, UnsupportedError
 
 pytest.importorskip("pytest_benchmark")
@@ -27,7 +28,7 @@ CASES = [case for case in cases.table() if case.kind != "networks"]
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.kind}: {case.name}")
 def test_kernel(benchmark: Any, case: Case, backend: str) -> None:
     settings = Settings(machine.cpus())
-    run.set_up(settings)
+    set_up(settings)
     problem = problems.make(case)
     try:
         prepared = ours.prepare(problem, ours.Choice(backend), settings)
