@@ -8,6 +8,7 @@ measures them); on other CPUs all of them shrink together and the ranking holds.
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from math import prod
 
@@ -69,16 +70,16 @@ def multiplications(plan: Plan) -> int:
 def estimate_ms(plan: Plan) -> float:
     """Expected time of one run in milliseconds."""
     rate = FAST.get((plan.backend, plan.family), SLOW)
-    counts, threads = of_plan(plan), _threads()
+    counts, workers = of_plan(plan), threads()
     operations = (
         counts.transform_additions + counts.transform_shifts + counts.transform_multiplications
     )
     compute = float(counts.multiplications) / _per_ns(plan, rate.multiplications)
-    compute = (compute + float(operations) / rate.transforms) / threads
+    compute = (compute + float(operations) / rate.transforms) / workers
     memory = (counts.activation_bytes + counts.weight_bytes) / rate.bytes
     if plan.layout == CONTIGUOUS:
         memory += 2 * counts.activation_bytes / LAYOUT_BYTES
-    return (max(compute, memory) + _streaming(plan, threads)) / 1e6 + rate.call_ms
+    return (max(compute, memory) + _streaming(plan, workers)) / 1e6 + rate.call_ms
 
 
 def _per_ns(plan: Plan, usual: float) -> float:
@@ -101,7 +102,7 @@ def _per_ns(plan: Plan, usual: float) -> float:
     return usual
 
 
-def _streaming(plan: Plan, threads: int) -> float:
+def _streaming(plan: Plan, workers: int) -> float:
     """Nanoseconds that a Winograd kernel waits for its transformed weights."""
     geometry = plan.geometry
     if plan.family != "winograd" or not isinstance(geometry, Geometry):
@@ -110,11 +111,15 @@ def _streaming(plan: Plan, threads: int) -> float:
     tiles = geometry.batch * prod(
         -(-o // t.m) for o, t in zip(geometry.out_size, plan.transforms, strict=True)
     )
-    passes = max(1.0, tiles / (TILES_PER_BLOCK * threads))
+    passes = max(1.0, tiles / (TILES_PER_BLOCK * workers))
     cached = weight_bytes <= CACHE_BYTES
     return weight_bytes * passes / (CACHED_BYTES_PER_NS if cached else MEMORY_BYTES_PER_NS)
 
 
-def _threads() -> int:
+def threads() -> int:
+    """Threads that kernels use: PyTorch's number where it is loaded, else the CPUs they may use."""
+    count = getattr(sys.modules.get("torch"), "get_num_threads", None)
+    if count is not None:
+        return int(count())
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
