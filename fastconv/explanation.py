@@ -58,7 +58,9 @@ def explanation(
         layout=layout,
         **options,
     )
-    rows = [("", "backend", "algorithm", "multiplications", "estimate", "measured", "why not")]
+    rows: list[tuple[str, ...]] = [
+        ("", "backend", "algorithm", "multiplications", "estimate", "measured", "why not")
+    ]
     rows += [_row(c, found[0]) for c in found]
     for name, reason in backends.available().items():
         if reason is not None and options.get("backend", "auto") == "auto":

@@ -120,6 +120,4 @@ class Request:
     @property
     def unrestricted(self) -> Request:
         """The same convolution and tolerance, served by any algorithm, backend and tile."""
-        return replace(
-            self, algorithm="auto", backend="auto", tile=None, max_workspace_bytes=None
-        )
+        return replace(self, algorithm="auto", backend="auto", tile=None, max_workspace_bytes=None)

@@ -132,7 +132,8 @@ def priced(request: Request) -> list[Candidate]:
                 found.append(Candidate(base, reason=reason))
                 continue
             variants = [_priced(p, request) for p in _variants(base, request.tile)]
-            found.extend(variants or [Candidate(base, reason="no tile fits taps and output")])
+            reason = "has no tiles" if name == "torch" else "no tile fits taps and output"
+            found.extend(variants or [Candidate(base, reason=reason)])
     return sorted(found, key=_rank)
 
 
@@ -233,7 +234,11 @@ def _variants(base: Plan, tile: tuple[int, ...] | None) -> Iterator[Plan]:
     else:
         yield base
         return
-    for ms in [tile] if tile is not None else _tiles(base.family, taps, sizes):
+    if base.backend == "torch":  # which has no transforms: the block is three convolutions
+        choices = [(1,) * len(taps)] if tile is None or max(tile) == 1 else []
+    else:
+        choices = [tile] if tile is not None else list(_tiles(base.family, taps, sizes))
+    for ms in choices:
         if len(ms) != len(taps):
             raise UnsupportedError(f"tile must have {len(taps)} entries, got {tuple(ms)}")
         yield replace(base, transforms=tuple(map(transform, ms, taps)))

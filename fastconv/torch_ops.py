@@ -7,7 +7,7 @@ long as it lives and is not written.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -381,18 +381,10 @@ def dense(tensor: MaybeTensor, layout: str) -> MaybeTensor:
 
 def _follow_threads() -> None:
     """`torch.set_num_threads` rules the Numba kernels too."""
-    numba = _numba()
-    wanted = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-    if numba.get_num_threads() != wanted:
-        numba.set_num_threads(wanted)
-
-
-@cache
-def _numba() -> Any:
-    """Numba, its threads started: where it shares OpenMP with PyTorch that sets PyTorch's number."""
     import numba
 
-    before = torch.get_num_threads()
-    numba.get_num_threads()
-    torch.set_num_threads(before)
-    return numba
+    from .numba_kernels import simd
+
+    wanted = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    if simd.threads() != wanted:
+        numba.set_num_threads(wanted)

@@ -1,4 +1,4 @@
-"""A request with arrays and the exact answer: how plans run for their users, and whether rightly."""
+"""A request with arrays and the exact answer: how plans run for users, and whether rightly."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from .epilogue import ACTIVATIONS, Epilogue
 from .errors import BackendError, GeometryError, UnsupportedError
 from .geometry import Geometry, SeparableGeometry
 from .layouts import LAYOUTS
-from .plan import Plan, Request
+from .plan import Request
 
 HELP = """\
 Every distinct convolution of a NETWORK (of fastconv.zoo, for its paper's clip or for another one,
@@ -26,6 +26,8 @@ Candidate plans are checked against float64 and timed by turns; the fastest are 
 machine, these versions, this instruction set and number of threads, and run from then on wherever
 their convolution is asked for. What was measured before is not measured again without --again.
 Close what else is running: ~ marks results that the machine's other work has disturbed."""
+
+Epilogues = Epilogue | tuple[Epilogue, Epilogue, Epilogue]
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ def add_options(parser: argparse.ArgumentParser, positive: Callable[[str], int])
     add("--activation", choices=ACTIVATIONS, default="none", help="LAYER: default none")
     add("--continual", action="store_true", help="LAYER: the window of one output column")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--show", action="store_true", help="print what was measured, measure nothing")
-    what.add_argument("--clear", action="store_true", help="remove what was measured")
+    what.add_argument("--show", action="store_true", help="print results, measure nothing")
+    what.add_argument("--clear", action="store_true", help="remove all results")
 
 
 def run(args: argparse.Namespace) -> Iterator[str]:
@@ -112,7 +114,7 @@ def _rows(args: argparse.Namespace) -> list[Row]:
 
 def _convolutions(
     target: str, args: argparse.Namespace
-) -> Iterator[tuple[str, Geometry | SeparableGeometry, Epilogue | tuple[Epilogue, ...]]]:
+) -> Iterator[tuple[str, Geometry | SeparableGeometry, Epilogues]]:
     """Name, geometry and epilogue of what a target names."""
     from .zoo import NETWORKS
 
@@ -180,7 +182,9 @@ def _progress(total: int) -> Iterator[Callable[[str], None]]:
 
 def _table(rows: Sequence[Row]) -> Iterator[str]:
     """One line per distinct request: what ran before, what runs now, milliseconds, the ratio."""
-    cells = [("layer", "convolution", "before", "ms", "now", "ms", "torch ms", "ratio", "")]
+    cells: list[tuple[str, ...]] = [
+        ("layer", "convolution", "before", "ms", "now", "ms", "torch ms", "ratio", "")
+    ]
     cells += map(_cells, rows)
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     left = (0, 1, 2, 4, 8)
@@ -205,18 +209,12 @@ def _cells(row: Row) -> tuple[str, ...]:
     before, before_ms, note = "as measured before", "", ""
     if tuned is not None:
         same = tuned.before == tuned.after
-        before = "the same" if same else short(tuned.before)
+        before = "the same" if same else winners.label(tuned.before)
         before_ms = "" if same else _ms(tuned.before_ms)
         wrong = ", ".join(f"{name}: {why}" for name, why in tuned.refused.items())
         note = " ".join(filter(None, ["~" if tuned.noisy else "", wrong]))
     ratio = "" if torch_ms is None else f"{torch_ms / now:.2f}"
-    after = planner.plan_of(row.request)
-    return (name, text, before, before_ms, short(after), _ms(now), _ms(torch_ms), ratio, note)
-
-
-def short(plan: Plan) -> str:
-    """Backend, algorithm and configuration of a plan."""
-    return winners.label(plan)
+    return (name, text, before, before_ms, record.winner, _ms(now), _ms(torch_ms), ratio, note)
 
 
 def _framework_ms(record: winners.Record) -> float | None:
@@ -232,14 +230,14 @@ def _ms(value: float | None) -> str:
 def _summary(rows: Sequence[Row]) -> str:
     """Sums over all layers, each as often as it is called."""
     now = torch_ms = 0.0
-    measured = [r for r in rows if r.tuned is not None]
+    measured = [row.tuned for row in rows if row.tuned is not None]
     for row in rows:
         record = winners.find(row.request)
         theirs = None if record is None else _framework_ms(record)
         if record is not None and theirs is not None:
             now += len(row.names) * record.ms[record.winner]
             torch_ms += len(row.names) * theirs
-    changed = sum(r.tuned is not None and r.tuned.before != r.tuned.after for r in measured)
+    changed = sum(tuned.before != tuned.after for tuned in measured)
     ratio = f", ratio {torch_ms / now:.2f}" if now else ""
     return (
         f"{len(measured)} of {len(rows)} measured, {changed} changed; all calls: "

@@ -2,7 +2,7 @@
 
 The file is read once per process, when the first plan is asked for, and when this process writes
 it. Writing reads what others wrote meanwhile, adds to it and replaces the file whole
-(`os.replace`), all under a lock where the system has `flock`: no result is lost, and of two for the
+(one rename), all under a lock where the system has `flock`: no result is lost, and of two for the
 same convolution the later one stays. Without `flock`, of two processes that write in the same
 moment one may lose its results; a torn file there is never.
 """
@@ -92,9 +92,8 @@ def key(request: Request) -> str:
     ]
     if request.device != "cpu":
         parts.append(request.device)
-    for name in ("algorithm", "backend"):
-        if getattr(request, name) != "auto":
-            parts.append(f"{name} {getattr(request, name)}")
+    choice = (("algorithm", request.algorithm), ("backend", request.backend))
+    parts += [f"{name} {value}" for name, value in choice if value != "auto"]
     if request.tile is not None:
         parts.append(f"tile {_by_x(request.tile)}")
     if request.max_workspace_bytes is not None:
@@ -261,7 +260,7 @@ def _replace(target: Path, everything: dict[str, dict[str, Record]]) -> None:
     document = {
         "schema": SCHEMA,
         "machine": machine(),
-        "about": "Written by `python -m fastconv tune`. Milliseconds per plan, by versions and request.",
+        "about": "written by `python -m fastconv tune`: milliseconds per plan and request",
         "results": {
             versions: {name: asdict(record) for name, record in sorted(table.items())}
             for versions, table in everything.items()
@@ -273,10 +272,9 @@ def _replace(target: Path, everything: dict[str, dict[str, Record]]) -> None:
             json.dump(document, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(name, target)
+        Path(name).replace(target)
     except BaseException:
-        with suppress(OSError):
-            os.unlink(name)
+        Path(name).unlink(missing_ok=True)
         raise
 
 
@@ -311,14 +309,14 @@ def _record(value: Any) -> Record | None:
     """A record from JSON, None if it is none."""
     if not isinstance(value, dict):
         return None
-    winner, ms, given_up = (value.get(name) for name in ("winner", "ms", "given_up"))
-    for times in (ms, given_up):
-        if not isinstance(times, dict) or not all(map(_is_time, times.values())):
-            return None
-    if not isinstance(winner, str) or winner not in ms or not isinstance(value.get("when"), str):
+    ms, given_up, when = (value.get(name) for name in ("ms", "given_up", "when"))
+    if not isinstance(ms, dict) or not isinstance(given_up, dict) or not isinstance(when, str):
+        return None
+    times = [*ms.values(), *given_up.values()]
+    if value.get("winner") not in [*ms] or not all(map(_is_time, times)):
         return None
     ordered = dict(sorted(ms.items(), key=lambda item: item[1]))
-    return Record(winner, ordered, given_up, value["when"])
+    return Record(value["winner"], ordered, given_up, when)
 
 
 def _is_time(value: Any) -> bool:
