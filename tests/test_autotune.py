@@ -146,7 +146,7 @@ def tuned(cache, monkeypatch):
     """
 
     def run(times, wrong=None, request=REQUEST, **options):
-        clock, wrong = Clock(), {name: reason for name, reason in (wrong or {}).items()}
+        clock, wrong = Clock(), wrong or {}
 
         class Invented:
             def __init__(self, request):
