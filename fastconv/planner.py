@@ -71,7 +71,8 @@ def plan(
     Raises UnsupportedError with the reason if the request cannot be met, BackendError if the
     backend is not available.
     """
-    request = Request.of(
+    return _plan(
+        winners.situation(),
         geometry,
         dtype=dtype,
         device=device,
@@ -84,7 +85,12 @@ def plan(
         continual=continual,
         max_workspace_bytes=max_workspace_bytes,
     )
-    return plan_of(request)
+
+
+@lru_cache(maxsize=4096)
+def _plan(situation: Any, geometry: Geometry | SeparableGeometry, **options: Any) -> Plan:
+    """`plan` in a situation of `winners`, which only keys the cache."""
+    return plan_of(Request.of(geometry, **options))
 
 
 def plan_of(request: Request) -> Plan:
