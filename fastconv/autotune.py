@@ -29,9 +29,11 @@ GIVE_UP = {2: 2.0, 5: 1.3}
 TIE = 1.03
 CONFIRMED = 1.1  # a second burst within this factor confirms the best one
 PATIENCE = 3
+INTERRUPTIONS_PER_S = 30  # more often other processes took a CPU from us: they disturb
 ENTRANTS, SLACK = 10, 3.0  # by estimate: so many plans, if within this factor of the best
 CONFIGURED = 2  # plans of the first race that race again in all their configurations
 MOST_WEIGHT_BYTES = 1 << 30  # packed weights of all plans of a race
+NO_ROOM = "no memory left for its weights beside those of better plans"
 BUDGET_S = 1.0
 
 
@@ -42,7 +44,7 @@ class Tuned:
     before, after  the plan that ran until now, and the one that runs from now on
     torch_ms       PyTorch's own convolution
     noisy          the machine had other things to do: tune again when it has not
-    refused        plans by their label with the reason, which were wrong or broke
+    refused        plans by their label with the reason: they were wrong, broke, or found no room
     """
 
     request: Request
@@ -103,7 +105,8 @@ def tune_request(
     times = {**contest.given_up, **contest.ms}
     today = datetime.now(timezone.utc).strftime("%Y-%m-%d")
     ms = dict(sorted(contest.ms.items(), key=lambda item: item[1]))
-    record = winners.Record(winners.label(after), ms, contest.given_up, today)
+    label = winners.label(after)
+    record = winners.Record(label, ms, contest.given_up, today, contest.noisy)
     winners.keep(request, record)
     torch_ms = min((t for name, t in times.items() if name.startswith("torch ")), default=None)
     return Tuned(
@@ -111,7 +114,7 @@ def tune_request(
         before,
         after,
         times.get(winners.label(before)),
-        ms[record.winner],
+        ms[label],
         torch_ms,
         contest.noisy,
         contest.refused,
@@ -152,7 +155,7 @@ class _Contest:
             return
         size = of_plan(plan).weight_bytes
         if size > self._room and self._running:
-            self.refused[name] = "no memory left for its weights beside those of better plans"
+            self.refused[name] = NO_ROOM
             return
         try:
             call, answer = self._trial.ready(plan)
@@ -212,7 +215,8 @@ class _Contest:
 class Times:
     """Milliseconds of what ran to the end of a race, and of what was given up on the way.
 
-    noisy  the best time was not reached a second time: the machine has other things to do
+    noisy  the machine had other things to do: the best time was not reached a second time, or other
+           processes often took a CPU from us
     """
 
     ms: dict[str, float]
@@ -225,6 +229,7 @@ def race(
     rounds: int = ROUNDS,
     budget_s: float = BUDGET_S,
     clock: Callable[[], float] = time.perf_counter,
+    interruptions: Callable[[], int] | None = None,
 ) -> Times:
     """Time functions by turns.
 
@@ -232,15 +237,16 @@ def race(
     function counts by the best of its bursts, a burst by its lower quantile: neighbours on the
     machine only ever lengthen calls, and a single lucky call does not win. It is given up only if
     none of its calls came near the best. There are `rounds` rounds, fewer if the budget is used up,
-    but never fewer than FEWEST_ROUNDS; more, PATIENCE times the budget at most, if the best time
-    has not come twice.
+    but never fewer than FEWEST_ROUNDS; more, PATIENCE times the budget at most, while the times
+    are noisy. `interruptions` counts how often this process lost a CPU.
     """
     running = dict(functions)
     first = {name: _burst(function, FEWEST_CALLS, 1, clock) for name, function in running.items()}
     bursts = {name: [_typical(burst)] for name, burst in first.items()}
     fastest = {name: burst.min_ms for name, burst in first.items()}
     given_up: dict[str, float] = {}
-    start = clock()
+    count = interruptions or _interruptions
+    start, before = clock(), count()
     for number in range(1, PATIENCE * rounds + 1):
         for name in list(running) if number % 2 else reversed(list(running)):
             calls = ceil(BURST_MS / max(fastest[name], 1e-6))
@@ -255,11 +261,21 @@ def race(
             del running[name]
         ms = {name: min(bursts[name]) for name in running}
         best, again, *_ = sorted(bursts[min(ms, key=ms.__getitem__)])
-        noisy, spent = again > CONFIRMED * best, clock() - start
+        spent = clock() - start
+        noisy = again > CONFIRMED * best or count() - before > INTERRUPTIONS_PER_S * spent
         enough = number >= rounds or spent >= budget_s or len(running) == 1
         if number >= FEWEST_ROUNDS and enough and (not noisy or spent >= PATIENCE * budget_s):
             break
     return Times(ms, given_up, noisy)
+
+
+def _interruptions() -> int:
+    """How often a thread of this process had to make room for another one; 0 where unknown."""
+    try:
+        import resource
+    except ImportError:  # not a Unix
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 def _typical(burst: timing.Timing) -> float:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from . import autotune, backends, costs, planner, winners
-from .autotune import Tuned
+from .autotune import NO_ROOM, Tuned
 from .count_table import layer_text, parse_layer, traced
 from .epilogue import ACTIVATIONS, Epilogue
 from .errors import BackendError, GeometryError, UnsupportedError
@@ -24,8 +24,8 @@ x3d_m@16x112x112), as `accelerate` runs it, or a single LAYER, written as for `c
 
 Candidate plans are checked against float64 and timed by turns; the fastest are kept for this
 machine, these versions, this instruction set and number of threads, and run from then on wherever
-their convolution is asked for. What was measured before is not measured again without --again.
-Close what else is running: ~ marks results that the machine's other work has disturbed."""
+their convolution is asked for. What was measured before is not measured again without --again,
+unless ~ marks it: then other work of the machine disturbed the measurement."""
 
 Epilogues = Epilogue | tuple[Epilogue, Epilogue, Epilogue]
 
@@ -149,7 +149,8 @@ def _measured(rows: Sequence[Row], args: argparse.Namespace) -> tuple[list[Row],
         with _progress(len(rows)) as step:
             for row in rows:
                 step(row.names[0])
-                if not args.again and winners.find(row.request) is not None:
+                known = winners.find(row.request)
+                if known is not None and not known.noisy and not args.again:
                     done.append(row)
                     continue
                 try:
@@ -206,13 +207,13 @@ def _cells(row: Row) -> tuple[str, ...]:
     if record is None:
         return (name, text, "", "", "", "", "", "", row.note or "not measured")
     now, torch_ms = record.ms[record.winner], _framework_ms(record)
-    before, before_ms, note = "as measured before", "", ""
+    before, before_ms, note = "as measured before", "", "~" if record.noisy else ""
     if tuned is not None:
         same = tuned.before == tuned.after
         before = "the same" if same else winners.label(tuned.before)
         before_ms = "" if same else _ms(tuned.before_ms)
-        wrong = ", ".join(f"{name}: {why}" for name, why in tuned.refused.items())
-        note = " ".join(filter(None, ["~" if tuned.noisy else "", wrong]))
+        wrong = [f"{name}: {why}" for name, why in tuned.refused.items() if why != NO_ROOM]
+        note = " ".join([*(["~"] if tuned.noisy else []), "; ".join(wrong)]).strip()
     ratio = "" if torch_ms is None else f"{torch_ms / now:.2f}"
     return (name, text, before, before_ms, record.winner, _ms(now), _ms(torch_ms), ratio, note)
 
@@ -250,7 +251,7 @@ def _all_records() -> Iterator[str]:
     """Everything kept for these versions."""
     records = winners.records()
     for key, record in sorted(records.items()):
-        yield key
+        yield key + (" ~" if record.noisy else "")
         for times, mark in ((record.ms, ""), (record.given_up, "~")):
             for name, ms in times.items():
                 yield f"  {'>' if name == record.winner else ' '} {mark}{ms:.3f} ms  {name}"

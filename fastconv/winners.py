@@ -43,12 +43,14 @@ class Record:
     ms        milliseconds of the plans that ran to the end, fastest first
     given_up  milliseconds of plans that were clearly slower, from few runs
     when      the date, for people
+    noisy     the machine had other things to do meanwhile
     """
 
     winner: str
     ms: Mapping[str, float]
     given_up: Mapping[str, float] = field(default_factory=dict)
     when: str = ""
+    noisy: bool = False
 
 
 def label(plan: Plan) -> str:
@@ -309,14 +311,17 @@ def _record(value: Any) -> Record | None:
     """A record from JSON, None if it is none."""
     if not isinstance(value, dict):
         return None
-    ms, given_up, when = (value.get(name) for name in ("ms", "given_up", "when"))
-    if not isinstance(ms, dict) or not isinstance(given_up, dict) or not isinstance(when, str):
+    ms, given_up = value.get("ms"), value.get("given_up")
+    if not isinstance(ms, dict) or not isinstance(given_up, dict):
+        return None
+    when, noisy = value.get("when"), value.get("noisy")
+    if not isinstance(when, str) or not isinstance(noisy, bool):
         return None
     times = [*ms.values(), *given_up.values()]
     if value.get("winner") not in [*ms] or not all(map(_is_time, times)):
         return None
     ordered = dict(sorted(ms.items(), key=lambda item: item[1]))
-    return Record(value["winner"], ordered, given_up, when)
+    return Record(value["winner"], ordered, given_up, when, noisy)
 
 
 def _is_time(value: Any) -> bool:

@@ -42,6 +42,7 @@ class Clock:
 
 
 def raced(clock, functions, **options):
+    options = {"interruptions": lambda: 0, **options}
     return autotune.race(functions, clock=clock, **options)
 
 
@@ -123,6 +124,16 @@ def test_a_best_time_that_does_not_come_again_is_noise_and_costs_more_rounds():
     times = raced(clock, functions, rounds=5, budget_s=1e9)
     assert times.noisy
     assert clock.calls.count("a") == 1 + 3 + autotune.PATIENCE * 5 * 3
+
+
+def test_a_process_that_others_interrupt_knows_it():
+    clock = Clock()
+    busy = {"interruptions": lambda: int(1.5 * autotune.INTERRUPTIONS_PER_S * clock())}
+    times = raced(clock, {name: clock.function(name, 10) for name in "ab"}, **busy)
+    assert times.ms == pytest.approx({"a": 10, "b": 10})
+    assert times.noisy
+    calm = {"interruptions": lambda: int(0.5 * autotune.INTERRUPTIONS_PER_S * clock())}
+    assert not raced(clock, {"a": clock.function("a", 10)}, **calm).noisy
 
 
 # Whole tunings of the reference's plans, with an invented time for each of them.

@@ -128,7 +128,7 @@ def write(document):
 
 def good(**changes):
     """The document of one good record, changed."""
-    record = {"winner": LABEL, "ms": {LABEL: 2.0}, "given_up": {}, "when": ""}
+    record = {"winner": LABEL, "ms": {LABEL: 2.0}, "given_up": {}, "when": "", "noisy": False}
     record.update(changes.pop("record", {}))
     versions = changes.pop("versions", winners.environment())
     results = {versions: {winners.key(REQUEST): record}}
@@ -154,6 +154,7 @@ DAMAGED = {
     "a word for a time": lambda: (good(record={"ms": {LABEL: "2"}}), "1 of its results make no"),
     "a truth for a time": lambda: (good(record={"ms": {LABEL: True}}), "1 of its results make no"),
     "no number": lambda: (good(record={"ms": {LABEL: float("nan")}}), "1 of its results make no"),
+    "no flag": lambda: (good(record={"noisy": 1}), "1 of its results make no sense"),
     "no time": lambda: (good(record={"ms": {LABEL: 0}}), "1 of its results make no sense"),
     "less than no time": lambda: (good(record={"given_up": {"x": -1}}), "1 of its results make"),
 }
