@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import NoReturn
 
-from fastconv import __version__, backends, count_table, tune_table
+from fastconv import __version__, backends, count_table, tune_table, winners
 from fastconv.bench import options as bench_options
 from fastconv.counts import TILES
 from fastconv.errors import BackendError, GeometryError, UnsupportedError
@@ -155,6 +155,7 @@ def _facts() -> Iterator[tuple[str, str]]:
     yield "instruction sets", " ".join(backends.instruction_sets()) or "unknown"
     yield "C kernels use", _c_kernels()
     yield "threads", _threads()
+    yield "tuning results", _tuned()
     yield "GPU", _gpu()
     yield "default clip", _clip()
 
@@ -167,6 +168,13 @@ def _c_kernels() -> str:
     except BackendError as error:
         return str(error)
     return f"{launch.isa()} of {', '.join(launch.instruction_sets())} (FASTCONV_ISA forces one)"
+
+
+def _tuned() -> str:
+    try:
+        return f"{len(winners.records())} for these versions in {winners.path()}"
+    except BackendError as error:
+        return str(error)
 
 
 def _threads() -> str:

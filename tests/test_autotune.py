@@ -17,6 +17,7 @@ from fastconv.trial import Trial
 
 DENSE = Geometry.of((1, 4, 6, 8, 8), (4, 4, 3, 3, 3), padding=1)
 REQUEST = Request.of(DENSE, backend="reference")
+USABLE = available()
 USED = [b for b in ("reference", "numba", "torch") if available()[b] is None]
 
 
@@ -353,6 +354,20 @@ def test_right_results_pass_the_trial(backend, request_):
         call()
         factor = planner.error_factor(plan)
         assert trial.wrong(answer(), factor) is None, plan.algorithm
+
+
+@pytest.mark.skipif("numba" not in USED, reason="needs Numba")
+@pytest.mark.parametrize("request_", [TRIALS[0], TRIALS[-1]], ids=["convolution", "stream"])
+def test_without_pytorch_plans_run_on_arrays(monkeypatch, request_):
+    monkeypatch.setattr(
+        fastconv.backends, "available", lambda: {**USABLE, "torch": "not installed"}
+    )
+    trial = Trial(request_)
+    plan = plans_of(Request.of(**{**vars(request_), "backend": "numba"}))[0]
+    call, answer = trial.ready(plan)
+    call()
+    assert isinstance(answer(), np.ndarray)
+    assert trial.wrong(answer(), planner.error_factor(plan)) is None
 
 
 @pytest.mark.parametrize(
