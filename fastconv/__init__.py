@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fastconv.errors import BackendError as BackendError
     from fastconv.errors import GeometryError as GeometryError
     from fastconv.errors import UnsupportedError as UnsupportedError
+    from fastconv.explanation import explain as explain
     from fastconv.geometry import Geometry as Geometry
     from fastconv.geometry import SeparableGeometry as SeparableGeometry
     from fastconv.nn.rewrite import accelerate as accelerate
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from fastconv.ops import conv2d as conv2d
     from fastconv.ops import conv3d as conv3d
     from fastconv.ops import separable_block as separable_block
-    from fastconv.planner import explain as explain
     from fastconv.planner import plan as plan
     from fastconv.transforms import Transform as Transform
     from fastconv.transforms import transform as transform
@@ -45,8 +45,9 @@ _NUMPY_ALONE = {
     "separable_block": "ops",
     "continual_step": "ops",
     "continual_state": "ops",
-    "explain": "planner",
+    "explain": "explanation",
     "plan": "planner",
+    "tune": "autotune",
     "count": "counts",
     "Geometry": "geometry",
     "SeparableGeometry": "geometry",

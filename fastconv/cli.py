@@ -1,4 +1,4 @@
-"""`python -m fastconv info | count | demo | transform | bench`."""
+"""`python -m fastconv info | count | demo | tune | transform | bench`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import NoReturn
 
-from fastconv import __version__, backends, count_table
+from fastconv import __version__, backends, count_table, tune_table, winners
 from fastconv.bench import options as bench_options
 from fastconv.counts import TILES
 from fastconv.errors import BackendError, GeometryError, UnsupportedError
@@ -85,6 +85,15 @@ def parser() -> argparse.ArgumentParser:
         )
     count.set_defaults(command=_count)
 
+    tune = commands.add_parser(
+        "tune",
+        help="measure which plans are fastest on this machine, and keep them",
+        description=tune_table.HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    tune_table.add_options(tune, _positive)
+    tune.set_defaults(command=_tune)
+
     transform = commands.add_parser("transform", help="the exact matrices of F(M, R)")
     transform.add_argument("m", metavar="M", type=_positive, help="outputs per tile")
     transform.add_argument("r", metavar="R", type=_positive, help="filter taps")
@@ -110,6 +119,12 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _count(args: argparse.Namespace) -> int:
     print(count_table.run(args.targets, args.form, args.tiles))
+    return 0
+
+
+def _tune(args: argparse.Namespace) -> int:
+    for line in tune_table.run(args):
+        print(line)
     return 0
 
 
@@ -140,6 +155,7 @@ def _facts() -> Iterator[tuple[str, str]]:
     yield "instruction sets", " ".join(backends.instruction_sets()) or "unknown"
     yield "C kernels use", _c_kernels()
     yield "threads", _threads()
+    yield "tuning results", _tuned()
     yield "GPU", _gpu()
     yield "default clip", _clip()
 
@@ -152,6 +168,13 @@ def _c_kernels() -> str:
     except BackendError as error:
         return str(error)
     return f"{launch.isa()} of {', '.join(launch.instruction_sets())} (FASTCONV_ISA forces one)"
+
+
+def _tuned() -> str:
+    try:
+        return f"{len(winners.records())} for these versions in {winners.path()}"
+    except BackendError as error:
+        return str(error)
 
 
 def _threads() -> str:

@@ -1,19 +1,23 @@
 """What a plan should cost: a model with measured constants, used only to rank candidates.
 
 Time is the longer of computing (element-wise multiplications, plus transform operations) and moving
-memory, plus the cost of a call. Rates are per thread of an AVX-512 server CPU (`bench rates`
-measures them); on other CPUs all of them shrink together and the ranking holds.
+memory, plus what nothing hides: copies to another layout, weights that stream by, and the call
+itself with the start of its threads. Rates are per thread of an AVX-512 server CPU (`bench rates`
+measures them); on other CPUs all of them shrink together and the ranking holds. Where it does not,
+`tune` measures.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from math import prod
 
-from .counts import of_plan
-from .geometry import Geometry
+from .counts import ELEMENT_BYTES, of_plan
+from .geometry import Geometry, SeparableGeometry
 from .plan import CONTIGUOUS, Plan
+from .transforms import transform
 
 
 @dataclass(frozen=True)
@@ -21,8 +25,9 @@ class Rate:
     """Speed of one backend at one family.
 
     multiplications, transforms  operations per nanosecond and thread
-    bytes                        per nanosecond, all threads together
-    call_ms                      cost of a call
+    bytes                        per nanosecond, all threads together, from memory; caches that hold
+                                 all of it give IN_CACHE times as many
+    call_ms                      cost of a call: Python, allocation, starting the threads
     """
 
     multiplications: float
@@ -31,34 +36,38 @@ class Rate:
     call_ms: float = 0.02
 
 
+# A step of a stream multiplies as fast as the family of its window: depthwise or grouped.
 FAST = {
-    ("c", "winograd"): Rate(110, 35, call_ms=0.004),
-    ("c", "depthwise"): Rate(70, bytes=40, call_ms=0.004),
-    ("c", "grouped"): Rate(122, call_ms=0.004),
-    ("c", "hfa"): Rate(100, 35, call_ms=0.004),
-    ("c", "continual"): Rate(100, bytes=30, call_ms=0.004),
-    ("numba", "winograd"): Rate(105, 30),
-    ("numba", "depthwise"): Rate(64, bytes=35, call_ms=0.02),
-    ("numba", "grouped"): Rate(120, call_ms=0.02),
-    ("numba", "hfa"): Rate(90, 30),
-    ("numba", "continual"): Rate(60, bytes=20),
-    ("torch", "depthwise"): Rate(36, bytes=25, call_ms=0.01),
-    ("torch", "grouped"): Rate(125, call_ms=0.01),
-    ("torch", "hfa"): Rate(70, bytes=25),
-    ("torch", "continual"): Rate(50, bytes=15, call_ms=0.05),
+    ("c", "winograd"): Rate(112, 55, call_ms=0.004),
+    ("c", "depthwise"): Rate(70, bytes=60, call_ms=0.004),
+    ("c", "grouped"): Rate(118, call_ms=0.004),
+    ("c", "hfa"): Rate(105, 55, call_ms=0.004),
+    ("c", "continual"): Rate(0, bytes=60, call_ms=0.006),
+    ("numba", "winograd"): Rate(110, 50),
+    ("numba", "depthwise"): Rate(68, bytes=55),
+    ("numba", "grouped"): Rate(114),
+    ("numba", "hfa"): Rate(100, 50),
+    ("numba", "continual"): Rate(0, bytes=40, call_ms=0.055),
+    ("torch", "depthwise"): Rate(38, bytes=34, call_ms=0.008),
+    ("torch", "grouped"): Rate(125, call_ms=0.006),
+    ("torch", "continual"): Rate(0, bytes=60, call_ms=0.05),
 }
 # The definition in NumPy, and backends without measurements yet.
 SLOW = Rate(0.5, 0.05, 1.0, 0.2)
 # Slower cases, in multiplications per nanosecond and thread.
+STRIDED_DEPTHWISE = 0.6  # of the usual rate: neighbours share fewer inputs
 PIXELS_IN_LANES = 92.0  # several groups: output pixels in the lanes
 TORCH_GROUPS = 45.0  # oneDNN with few channels per group
 TORCH_POINTWISE = 80.0  # equal to ours on X3D-M's maps, half or less on X3D-S's
-TORCH_THIN = 30.0  # oneDNN with fewer than 8 input channels, or several taps on few pixels
+TORCH_THIN = 15.0  # oneDNN with fewer than 8 input channels
+TORCH_FEW_PIXELS = 30.0  # several taps on few pixels, or on one frame
 THIN_CHANNELS, FEW_PIXELS = 8, 256
-TORCH_CONTIGUOUS_DEPTHWISE = 8.0
-LAYOUT_BYTES = 8.0  # the reorder of contiguous arrays
+TORCH_CONTIGUOUS_FLAT = 1.5  # depthwise, contiguous, and a kernel flat on one of three axes
+LAYOUT_BYTES, LAYOUT_BYTES_IN_CACHE = 10.0, 40.0  # the reorder of contiguous arrays
+LANES = 16  # output channels come in whole vectors, where they are in the lanes
+CACHE_BYTES, IN_CACHE = 32 << 20, 2.0  # activations have half of it
 # Transformed weights are streamed once per block of tiles: from a cache that holds them, or not.
-TILES_PER_BLOCK, CACHE_BYTES, CACHED_BYTES_PER_NS, MEMORY_BYTES_PER_NS = 28, 32 << 20, 60.0, 25.0
+TILES_PER_BLOCK, CACHED_BYTES_PER_NS, MEMORY_BYTES_PER_NS = 28, 40.0, 20.0
 
 
 def multiplications(plan: Plan) -> int:
@@ -68,40 +77,106 @@ def multiplications(plan: Plan) -> int:
 
 def estimate_ms(plan: Plan) -> float:
     """Expected time of one run in milliseconds."""
-    rate = FAST.get((plan.backend, plan.family), SLOW)
-    counts, threads = of_plan(plan), _threads()
-    operations = (
-        counts.transform_additions + counts.transform_shifts + counts.transform_multiplications
-    )
-    compute = float(counts.multiplications) / _per_ns(plan, rate.multiplications)
-    compute = (compute + float(operations) / rate.transforms) / threads
-    memory = (counts.activation_bytes + counts.weight_bytes) / rate.bytes
-    if plan.layout == CONTIGUOUS:
-        memory += 2 * counts.activation_bytes / LAYOUT_BYTES
-    return (max(compute, memory) + _streaming(plan, threads)) / 1e6 + rate.call_ms
+    if plan.backend == "torch" and isinstance(plan.geometry, SeparableGeometry):
+        return sum(map(estimate_ms, _stages(plan)))  # PyTorch runs one after the other
+    rate, workers = FAST.get((plan.backend, plan.family), SLOW), threads()
+    compute = multiplications(plan) * _padding(plan) / _per_ns(plan, rate)
+    compute += _transform_operations(plan) / rate.transforms
+    moved = _moved_bytes(plan)
+    memory = moved / (rate.bytes * (IN_CACHE if moved <= CACHE_BYTES // 2 else 1.0))
+    hidden = max(compute / workers, memory)
+    return (hidden + _layout_copies(plan) + _streaming(plan, workers)) / 1e6 + rate.call_ms
 
 
-def _per_ns(plan: Plan, usual: float) -> float:
-    """Multiplications per nanosecond and thread, where a case is slower than its family."""
+def threads() -> int:
+    """Threads that kernels use: PyTorch's number where it is loaded, else the CPUs they may use."""
+    count = getattr(sys.modules.get("torch"), "get_num_threads", None)
+    if count is not None:
+        return int(count())
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def _stages(plan: Plan) -> list[Plan]:
+    """The three convolutions of a separable block, each as a plan of its own."""
+    assert isinstance(plan.geometry, SeparableGeometry)
+    assert isinstance(plan.epilogue, tuple)
+    families = ("grouped", "depthwise", "grouped")
+    parts = zip(families, plan.geometry.stages, plan.epilogue, strict=True)
+    return [
+        replace(plan, family=family, geometry=stage, epilogue=epilogue, transforms=())
+        for family, stage, epilogue in parts
+    ]
+
+
+def _transform_operations(plan: Plan) -> float:
+    """Of the input and output transforms; the depthwise stage of a block sums in its products."""
+    if plan.family == "hfa":
+        assert isinstance(plan.geometry, SeparableGeometry)
+        time = plan.transforms[0]
+        if time.m == 1:
+            return 0.0
+        geometry, one = plan.geometry.temporal, transform(1, 1)
+        plan = replace(plan, family="winograd", geometry=geometry, transforms=(time, one, one))
+    c = of_plan(plan)
+    return float(c.transform_additions + c.transform_shifts + c.transform_multiplications)
+
+
+def _padding(plan: Plan) -> float:
+    """Multiplications executed per one that counts: our kernels fill whole vectors of outputs."""
     geometry = plan.geometry
+    if plan.backend == "torch" or not isinstance(geometry, Geometry) or geometry.groups > 1:
+        return 1.0
+    return -(-geometry.out_channels // LANES) * LANES / geometry.out_channels
+
+
+def _per_ns(plan: Plan, rate: Rate) -> float:
+    """Multiplications per nanosecond and thread, where a case is slower than its family."""
+    geometry, usual = plan.geometry, rate.multiplications
     if not isinstance(geometry, Geometry):
         return usual
-    if plan.backend != "torch" and plan.family == "grouped" and geometry.groups > 1:
-        return min(usual, PIXELS_IN_LANES)
-    if plan.backend == "torch":
-        if plan.family == "depthwise" and plan.layout == CONTIGUOUS:
-            return min(usual, TORCH_CONTIGUOUS_DEPTHWISE)
-        if geometry.groups > 1:
-            return min(usual, TORCH_GROUPS)
-        few = geometry.taps > 1 and geometry.batch * prod(geometry.out_size) < FEW_PIXELS
-        if few or geometry.in_channels < THIN_CHANNELS:
-            return min(usual, TORCH_THIN)
-        if geometry.taps == 1:
-            return min(usual, TORCH_POINTWISE)
-    return usual
+    family = plan.family
+    if family == "continual":
+        family = "depthwise" if geometry.is_depthwise and geometry.groups > 1 else "grouped"
+        usual = FAST.get((plan.backend, family), SLOW).multiplications
+    if family == "depthwise" and max(geometry.stride) > 1:
+        usual *= STRIDED_DEPTHWISE
+    if plan.backend != "torch":
+        several = family == "grouped" and geometry.groups > 1
+        return min(usual, PIXELS_IN_LANES) if several else usual
+    if family == "depthwise":
+        flat = geometry.n == 3 and min(geometry.kernel) == 1 and plan.layout == CONTIGUOUS
+        return min(usual, TORCH_CONTIGUOUS_FLAT) if flat else usual
+    if geometry.groups > 1:
+        return min(usual, TORCH_GROUPS)
+    if geometry.in_channels < THIN_CHANNELS:
+        return min(usual, TORCH_THIN)
+    few = geometry.batch * prod(geometry.out_size) < FEW_PIXELS
+    if prod(geometry.kernel[1:]) > 1 and (few or plan.family == "continual"):
+        return min(usual, TORCH_FEW_PIXELS)
+    return min(usual, TORCH_POINTWISE) if geometry.taps == 1 else usual
 
 
-def _streaming(plan: Plan, threads: int) -> float:
+def _moved_bytes(plan: Plan) -> float:
+    """Weights and activations, each once; input pixels that strides skip are not moved."""
+    counts, geometry = of_plan(plan), plan.geometry
+    skipped = 0.0
+    if isinstance(geometry, Geometry):
+        read = prod(min(1.0, k / s) for k, s in zip(geometry.kernel, geometry.stride, strict=True))
+        skipped = (1 - read) * prod(geometry.x_shape) * ELEMENT_BYTES[plan.dtype]
+    return counts.weight_bytes + counts.activation_bytes - skipped
+
+
+def _layout_copies(plan: Plan) -> float:
+    """Nanoseconds of copying contiguous arrays to channels last and back."""
+    if plan.layout != CONTIGUOUS:
+        return 0.0
+    moved = of_plan(plan).activation_bytes
+    cached = moved <= CACHE_BYTES // 2
+    return 2 * moved / (LAYOUT_BYTES_IN_CACHE if cached else LAYOUT_BYTES)
+
+
+def _streaming(plan: Plan, workers: int) -> float:
     """Nanoseconds that a Winograd kernel waits for its transformed weights."""
     geometry = plan.geometry
     if plan.family != "winograd" or not isinstance(geometry, Geometry):
@@ -110,11 +185,6 @@ def _streaming(plan: Plan, threads: int) -> float:
     tiles = geometry.batch * prod(
         -(-o // t.m) for o, t in zip(geometry.out_size, plan.transforms, strict=True)
     )
-    passes = max(1.0, tiles / (TILES_PER_BLOCK * threads))
+    passes = max(1.0, tiles / (TILES_PER_BLOCK * workers))
     cached = weight_bytes <= CACHE_BYTES
     return weight_bytes * passes / (CACHED_BYTES_PER_NS if cached else MEMORY_BYTES_PER_NS)
-
-
-def _threads() -> int:
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1

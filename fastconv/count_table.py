@@ -182,7 +182,20 @@ def _option(text: str, option: str) -> Any:
 
 
 def _network(target: str, tiles: tuple[int, ...]) -> Report:
-    """A network of the zoo on the `meta` device: nothing is computed."""
+    """A network of the zoo, counted under the tiles with the fewest multiplications."""
+    model, layers, size = traced(target)
+    parameters = sum(p.numel() for p in model.parameters())
+    rows = network_counts(layers, tiles, parameters=parameters)
+    return Report(target, f"input 1x{_by_x(size)}, float32", rows)
+
+
+def traced(target: str) -> tuple[Any, list[Any], tuple[int, ...]]:
+    """A network of the zoo, its layers and its (C, T, H, W), all on the `meta` device.
+
+    target: NETWORK or NETWORK@FRAMESxHEIGHTxWIDTH; nothing is computed
+
+    Raises BackendError without PyTorch, GeometryError for a clip that the network does not take.
+    """
     try:
         import torch
 
@@ -208,9 +221,7 @@ def _network(target: str, tiles: tuple[int, ...]) -> Report:
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise GeometryError(f"count: {name} does not take {_by_x(clip)}: {reason}") from error
-    parameters = sum(p.numel() for p in model.parameters())
-    rows = network_counts(layers, tiles, parameters=parameters)
-    return Report(target, f"input 1x{channels}x{_by_x(clip)}, float32", rows)
+    return model, layers, (channels, *clip)
 
 
 def _algorithms(geometry: Geometry | SeparableGeometry, tiles: tuple[int, ...]) -> list[Row]:

@@ -39,6 +39,7 @@ def conv1d(
     algorithm: str = "auto",
     backend: str = "auto",
     tolerance: float = planner.DEFAULT_TOLERANCE,
+    max_workspace_bytes: int | None = None,
 ) -> Array:
     """1D convolution; layouts, options and errors as for `conv3d`.
 
@@ -60,6 +61,7 @@ def conv1d(
         algorithm=algorithm,
         backend=backend,
         tolerance=tolerance,
+        max_workspace_bytes=max_workspace_bytes,
     )
 
 
@@ -77,6 +79,7 @@ def conv2d(
     algorithm: str = "auto",
     backend: str = "auto",
     tolerance: float = planner.DEFAULT_TOLERANCE,
+    max_workspace_bytes: int | None = None,
 ) -> Array:
     """2D convolution; layouts, options and errors as for `conv3d`.
 
@@ -98,6 +101,7 @@ def conv2d(
         algorithm=algorithm,
         backend=backend,
         tolerance=tolerance,
+        max_workspace_bytes=max_workspace_bytes,
     )
 
 
@@ -115,6 +119,7 @@ def conv3d(
     algorithm: str = "auto",
     backend: str = "auto",
     tolerance: float = planner.DEFAULT_TOLERANCE,
+    max_workspace_bytes: int | None = None,
 ) -> Array:
     """3D convolution of NumPy arrays or PyTorch tensors; a tensor in gives a tensor out.
 
@@ -129,6 +134,7 @@ def conv3d(
     algorithm   'auto', 'direct', 'winograd', 'depthwise' or 'grouped'
     backend     'auto', 'reference', 'numba', 'c', 'triton' or 'torch'
     tolerance   largest expected error in multiples of a direct sum's in the same precision; 4
+    max_workspace_bytes  most scratch memory our kernels may ask for; None for no limit
 
     Equivalent to `F.conv3d(input, weight, bias, stride, padding, dilation, groups)` of PyTorch,
     then the residual and the activation.
@@ -150,6 +156,7 @@ def conv3d(
         algorithm=algorithm,
         backend=backend,
         tolerance=tolerance,
+        max_workspace_bytes=max_workspace_bytes,
     )
 
 
@@ -168,6 +175,7 @@ def _conv(
     algorithm: str,
     backend: str,
     tolerance: float,
+    max_workspace_bytes: int | None,
 ) -> Array:
     op = f"conv{n}d"
     _check_arrays(op, input=input, weight=weight, bias=bias, residual=residual)
@@ -185,7 +193,16 @@ def _conv(
         from . import torch_ops
 
         y = torch_ops.conv(
-            input, weight, bias, geometry, epilogue, residual, algorithm, backend, tolerance
+            input,
+            weight,
+            bias,
+            geometry,
+            epilogue,
+            residual,
+            algorithm=algorithm,
+            backend=backend,
+            tolerance=float(tolerance),
+            max_workspace_bytes=max_workspace_bytes,
         )
     else:
         plan = planner.plan(
@@ -196,6 +213,7 @@ def _conv(
             algorithm=algorithm,
             backend=backend,
             tolerance=tolerance,
+            max_workspace_bytes=max_workspace_bytes,
         )
         y = execute(plan, input, pack(plan, weight), bias, residual)
     return y[0] if unbatched else y
@@ -214,6 +232,7 @@ def separable_block(
     *,
     backend: str = "auto",
     tolerance: float = planner.DEFAULT_TOLERANCE,
+    max_workspace_bytes: int | None = None,
 ) -> Array:
     """A fully separable block by the hybrid fast algorithm, in one pass.
 
@@ -263,7 +282,15 @@ def separable_block(
         from . import torch_ops
 
         y = torch_ops.separable_block(
-            input, weights, biases, geometry, epilogue, residual, backend, tolerance
+            input,
+            weights,
+            biases,
+            geometry,
+            epilogue,
+            residual,
+            backend=backend,
+            tolerance=float(tolerance),
+            max_workspace_bytes=max_workspace_bytes,
         )
     else:
         plan = planner.plan(
@@ -273,6 +300,7 @@ def separable_block(
             layout=layout_of(input),
             backend=backend,
             tolerance=tolerance,
+            max_workspace_bytes=max_workspace_bytes,
         )
         y = execute(plan, input, pack(plan, weights), tuple(biases), residual)
     return y[0] if unbatched else y
@@ -328,6 +356,7 @@ def continual_step(
     activation: str = "none",
     residual: Array | None = None,
     backend: str = "auto",
+    max_workspace_bytes: int | None = None,
 ) -> Array:
     """One frame in, one output column out; `state` is written in place.
 
@@ -358,6 +387,7 @@ def continual_step(
         layout=layout,
         backend=backend,
         continual=True,
+        max_workspace_bytes=max_workspace_bytes,
     )
     if tensor:
         from . import torch_ops

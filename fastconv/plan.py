@@ -1,15 +1,19 @@
-"""The decision: which family on which backend computes a geometry, and how."""
+"""The question and the decision: what is to be computed, by which family and backend, and how."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from .epilogue import Epilogue
+from .errors import UnsupportedError
 from .geometry import Geometry, SeparableGeometry
 from .layouts import CHANNELS_LAST, CONTIGUOUS, LAYOUTS
 from .transforms import Transform
 
-__all__ = ["CHANNELS_LAST", "CONTIGUOUS", "LAYOUTS", "Plan"]
+__all__ = ["CHANNELS_LAST", "CONTIGUOUS", "DEFAULT_TOLERANCE", "LAYOUTS", "Plan", "Request"]
+
+DEFAULT_TOLERANCE = 4.0
 
 
 @dataclass(frozen=True)
@@ -51,3 +55,69 @@ class Plan:
             return self.family
         ms, rs = ("x".join(str(getattr(t, a)) for t in self.transforms) for a in "mr")
         return f"{self.family} F({ms}, {rs})"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a Plan is asked for: a convolution with its arrays, and what may serve it.
+
+    Fields as `fastconv.plan` describes them; build it with `Request.of`.
+    """
+
+    geometry: Geometry | SeparableGeometry
+    dtype: str = "float32"
+    device: str = "cpu"
+    epilogue: Epilogue | tuple[Epilogue, Epilogue, Epilogue] = Epilogue()
+    layout: str = CHANNELS_LAST
+    algorithm: str = "auto"
+    backend: str = "auto"
+    tolerance: float = DEFAULT_TOLERANCE
+    tile: tuple[int, ...] | None = None
+    continual: bool = False
+    max_workspace_bytes: int | None = None
+
+    @classmethod
+    def of(
+        cls,
+        geometry: Geometry | SeparableGeometry,
+        *,
+        dtype: str = "float32",
+        device: str = "cpu",
+        epilogue: Epilogue | tuple[Epilogue, Epilogue, Epilogue] | None = None,
+        layout: str = CHANNELS_LAST,
+        algorithm: str = "auto",
+        backend: str = "auto",
+        tolerance: float = DEFAULT_TOLERANCE,
+        tile: Sequence[int] | None = None,
+        continual: bool = False,
+        max_workspace_bytes: int | None = None,
+    ) -> Request:
+        """The request with numbers in one form, and without an epilogue the plain one.
+
+        Raises UnsupportedError for a limit of the workspace below 0.
+        """
+        if epilogue is None:
+            block = isinstance(geometry, SeparableGeometry)
+            epilogue = (Epilogue(), Epilogue(), Epilogue()) if block else Epilogue()
+        if max_workspace_bytes is not None and max_workspace_bytes < 0:
+            raise UnsupportedError(
+                f"max_workspace_bytes must be None or at least 0, got {max_workspace_bytes}"
+            )
+        return cls(
+            geometry,
+            dtype,
+            device,
+            epilogue,
+            layout,
+            algorithm,
+            backend,
+            float(tolerance),
+            None if tile is None else tuple(tile),
+            continual,
+            max_workspace_bytes,
+        )
+
+    @property
+    def unrestricted(self) -> Request:
+        """The same convolution and tolerance, served by any algorithm, backend and tile."""
+        return replace(self, algorithm="auto", backend="auto", tile=None, max_workspace_bytes=None)

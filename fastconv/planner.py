@@ -1,7 +1,8 @@
-"""From a geometry to a Plan: candidates are priced, or refused with a reason; the cheapest runs."""
+"""From a geometry to a Plan: candidates are measured, priced, or refused with a reason."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -9,30 +10,38 @@ from itertools import product
 from math import inf, prod, sqrt
 from typing import Any
 
-from . import backends, costs
+from . import backends, costs, winners
+from .counts import ELEMENT_BYTES
 from .epilogue import Epilogue
 from .errors import BackendError, UnsupportedError
 from .geometry import Geometry, SeparableGeometry
-from .layouts import CHANNELS_LAST, is_tensor, layout_of
-from .plan import Plan
+from .layouts import CHANNELS_LAST
+from .plan import DEFAULT_TOLERANCE, Plan, Request
 from .transforms import amplification, transform
 
 ALGORITHMS = ("auto", "direct", "winograd", "depthwise", "grouped")
-DEFAULT_TOLERANCE = 4.0
 # The definition is never chosen for speed; it runs where it is asked for.
 AUTO_BACKENDS = ("c", "triton", "numba", "torch")
 MAX_TAPS = 7  # longest filter with a table of default points
 TILES = (1, 2, 4, 6)
 MAX_POINTS = 216  # alpha values per tile over all axes: 6 x 6 x 6
+# What an estimate has to be better than PyTorch's: where they are close, the known quantity runs.
+MARGIN = 1.1
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A plan with its estimated time, or with the reason why it cannot or should not run."""
+    """A plan with its time, measured or estimated, or with the reason why it does not run.
+
+    measured_ms  from `tune`, None if it never raced in the circumstances of the request
+    given_up     the race went on without it: measured_ms is rough, and far from the best
+    """
 
     plan: Plan
     estimate_ms: float = inf
     reason: str | None = None
+    measured_ms: float | None = None
+    given_up: bool = False
 
 
 def plan(
@@ -47,139 +56,145 @@ def plan(
     tolerance: float = DEFAULT_TOLERANCE,
     tile: tuple[int, ...] | None = None,
     continual: bool = False,
+    max_workspace_bytes: int | None = None,
 ) -> Plan:
-    """The plan that would run.
+    """The plan that would run: the fastest as `tune` measured it, else by estimate.
 
     algorithm  'auto', 'direct' (no fast algorithm), or a family: 'winograd', 'depthwise', 'grouped'
     backend    'auto' or a name from `fastconv.backends.BACKENDS`
     tolerance  largest error allowed, as a multiple of that of a direct sum in the same precision
     tile       m per axis for winograd (and hfa: time, height, width); None lets the planner choose
     continual  the geometry is the window of one output column of a stream
+    max_workspace_bytes  most scratch memory that our kernels may ask for; PyTorch's own convolution
+               allocates what it likes
 
     Raises UnsupportedError with the reason if the request cannot be met, BackendError if the
     backend is not available.
     """
-    found = candidates(
+    return _plan(
+        winners.situation(),
         geometry,
-        dtype,
-        device,
-        epilogue,
-        layout,
-        algorithm,
-        backend,
-        float(tolerance),
-        tile,
-        continual,
+        dtype=dtype,
+        device=device,
+        epilogue=epilogue,
+        layout=layout,
+        algorithm=algorithm,
+        backend=backend,
+        tolerance=tolerance,
+        tile=tile,
+        continual=continual,
+        max_workspace_bytes=max_workspace_bytes,
     )
-    best = min(found, key=lambda c: c.estimate_ms, default=None)
-    if best is None or best.reason is not None:
+
+
+@lru_cache(maxsize=4096)
+def _plan(situation: Any, geometry: Geometry | SeparableGeometry, **options: Any) -> Plan:
+    """`plan` in a situation of `winners`, which only keys the cache."""
+    return plan_of(Request.of(geometry, **options))
+
+
+def plan_of(request: Request) -> Plan:
+    """`plan` of a Request."""
+    found = _ranked(request, winners.situation())
+    if not found or found[0].reason is not None:
         reasons = "; ".join(
             dict.fromkeys(f"{c.plan.backend} {c.plan.family}: {c.reason}" for c in found)
         )
         raise UnsupportedError(
-            f"no plan for algorithm {algorithm!r} on backend {backend!r}: {reasons}"
+            f"no plan for algorithm {request.algorithm!r} on backend {request.backend!r}: {reasons}"
         )
-    return best.plan
+    return found[0].plan
+
+
+def candidates(geometry: Geometry | SeparableGeometry, **options: Any) -> tuple[Candidate, ...]:
+    """All plans considered, the one that runs first and the refused last; options as for `plan`."""
+    return _ranked(Request.of(geometry, **options), winners.situation())
 
 
 @lru_cache(maxsize=4096)
-def candidates(
-    geometry: Geometry | SeparableGeometry,
-    dtype: str = "float32",
-    device: str = "cpu",
-    epilogue: Epilogue | tuple[Epilogue, Epilogue, Epilogue] | None = None,
-    layout: str = CHANNELS_LAST,
-    algorithm: str = "auto",
-    backend: str = "auto",
-    tolerance: float = DEFAULT_TOLERANCE,
-    tile: tuple[int, ...] | None = None,
-    continual: bool = False,
-) -> tuple[Candidate, ...]:
-    """All plans considered, the cheapest first and the refused last; arguments as for `plan`."""
-    if epilogue is None:
-        block = isinstance(geometry, SeparableGeometry)
-        epilogue = (Epilogue(), Epilogue(), Epilogue()) if block else Epilogue()
+def _ranked(request: Request, situation: Any) -> tuple[Candidate, ...]:
+    """`candidates` in a situation of `winners`, which only keys the cache."""
+    return _by_measurement(request, priced(request))
+
+
+def priced(request: Request) -> list[Candidate]:
+    """All plans with their default configuration, the cheapest by estimate first."""
     found = []
-    for name in _backends(backend, device):
-        for family in _families(geometry, algorithm, continual):
-            base = Plan(family, name, geometry, dtype, epilogue, layout, device)
-            reason = backends.kernel(family, name).supports(geometry, dtype, epilogue)
+    for name in _backends(request.backend, request.device):
+        for family in _families(request.geometry, request.algorithm, request.continual):
+            base = Plan(
+                family,
+                name,
+                request.geometry,
+                request.dtype,
+                request.epilogue,
+                request.layout,
+                request.device,
+            )
+            reason = backends.kernel(family, name).supports(
+                request.geometry, request.dtype, request.epilogue
+            )
             if reason is not None:
                 found.append(Candidate(base, reason=reason))
                 continue
-            variants = [_priced(p, tolerance) for p in _variants(base, tile)]
-            found.extend(variants or [Candidate(base, reason="no tile fits taps and output")])
-    return tuple(sorted(found, key=lambda c: c.estimate_ms))
+            variants = [_priced(p, request) for p in _variants(base, request.tile)]
+            reason = "has no tiles" if name == "torch" else "no tile fits taps and output"
+            found.extend(variants or [Candidate(base, reason=reason)])
+    return sorted(found, key=_rank)
 
 
-def explain(input: Any, weight: Any, *args: Any, **kwargs: Any) -> None:
-    """Print which plan a convolution would run, and for every other candidate why it does not.
-
-    input, weight: arrays, or their shapes; further arguments as for `conv1d`, `conv2d`, `conv3d`
-    """
-    print(explanation(input, weight, *args, **kwargs))
+def _rank(candidate: Candidate) -> float:
+    return candidate.estimate_ms * (1.0 if candidate.plan.backend == "torch" else MARGIN)
 
 
-def explanation(
-    input: Any,
-    weight: Any,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-    *,
-    algorithm: str = "auto",
-    backend: str = "auto",
-    tolerance: float = DEFAULT_TOLERANCE,
-    activation: str = "none",
-    dtype: str | None = None,
-    device: str | None = None,
-    layout: str | None = None,
-) -> str:
-    """The text that `explain` prints, one line per candidate.
+def _by_measurement(request: Request, found: list[Candidate]) -> tuple[Candidate, ...]:
+    """The candidates with their measured times; a plan that won its race, if any, in front."""
+    record = winners.find(request)
+    exact = record is not None
+    if record is None and request != request.unrestricted:
+        record = winners.find(request.unrestricted)
+    if record is None:
+        return tuple(found)
+    timed: list[Candidate] = []
+    for c in found:
+        for p in [c.plan] if c.reason else configurations(c.plan, request.max_workspace_bytes):
+            name = winners.label(p)
+            ms = record.ms.get(name, record.given_up.get(name))
+            given_up = name not in record.ms
+            # A configuration that did not race has no price of its own.
+            if p is c.plan or ms is not None:
+                timed.append(replace(c, plan=p, measured_ms=ms, given_up=given_up))
+    finished = {
+        winners.label(c.plan): c
+        for c in timed
+        if c.measured_ms is not None and not c.given_up and c.reason is None
+    }
+    # The best of all is also the best of those that a restriction leaves; so is whoever comes next.
+    first = next((name for name in (record.winner, *record.ms) if name in finished), None)
+    if first is None or (exact and first != record.winner):
+        if exact:
+            warnings.warn(
+                f"fastconv ignores a tuning result: {record.winner!r} cannot run "
+                f"{winners.key(request)} any more (tune again)",
+                stacklevel=2,
+            )
+        return tuple(found)
 
-    dtype, device, layout: of the input where it is an array; for a shape float32, cpu, channels
-        last, unless given
-    """
-    x_shape, w_shape = (tuple(getattr(a, "shape", a)) for a in (input, weight))
-    geometry = Geometry.of(x_shape, w_shape, stride, padding, dilation, groups)
-    dtype = dtype or str(getattr(input, "dtype", "float32")).removeprefix("torch.")
-    if device is None:
-        device = input.device.type if is_tensor(input) else "cpu"
-    if layout is None:
-        layout = layout_of(input) if hasattr(input, "dtype") else CHANNELS_LAST
-    found = candidates(
-        geometry,
-        dtype,
-        device,
-        Epilogue(activation=activation),
-        layout,
-        algorithm,
-        backend,
-        float(tolerance),
-    )
-    header = ("", "backend", "algorithm", "multiplications", "estimate", "why not")
-    rows: list[tuple[str, ...]] = [header]
-    rows += [_row(c, chosen=i == 0 and c.reason is None) for i, c in enumerate(found)]
-    for name, reason in backends.available().items():
-        if reason is not None and backend == "auto":
-            rows.append(("", name, "", "", "", reason))
-    widths = [max(len(r[i]) for r in rows) for i in range(5)]
-    lines = [
-        "  ".join([*(cell.ljust(w) for cell, w in zip(r, widths, strict=False)), r[5]]).rstrip()
-        for r in rows
-    ]
-    title = f"conv{geometry.n}d {x_shape} * {w_shape} -> {geometry.y_shape}, {dtype}, {layout}"
-    return "\n".join([title, *lines])
+    def order(c: Candidate) -> tuple[bool, bool, bool, float]:
+        measured = c.measured_ms is not None
+        ms = c.measured_ms if c.measured_ms is not None else _rank(c)
+        return c is not finished[first], c.reason is not None, not measured or c.given_up, ms
+
+    return tuple(sorted(timed, key=order))
 
 
-def _row(candidate: Candidate, chosen: bool) -> tuple[str, ...]:
-    p = candidate.plan
-    if candidate.estimate_ms == inf:
-        return ("", p.backend, p.algorithm, "", "", candidate.reason or "")
-    why = candidate.reason or ("" if chosen else "slower by estimate")
-    numbers = (f"{costs.multiplications(p):,}", f"{candidate.estimate_ms:.3f} ms")
-    return (">" if chosen else "", p.backend, p.algorithm, *numbers, why)
+def configurations(p: Plan, max_workspace_bytes: int | None = None) -> Iterator[Plan]:
+    """The plan, then the same with each other entry of its module's CONFIGS."""
+    yield p
+    for config in backends.kernel(p.family, p.backend).CONFIGS:
+        other = replace(p, config=tuple(sorted(config.items())))
+        if other.config != p.config and _over(other, max_workspace_bytes) is None:
+            yield other
 
 
 def _backends(backend: str, device: str) -> list[str]:
@@ -225,7 +240,11 @@ def _variants(base: Plan, tile: tuple[int, ...] | None) -> Iterator[Plan]:
     else:
         yield base
         return
-    for ms in [tile] if tile is not None else _tiles(base.family, taps, sizes):
+    if base.backend == "torch":  # which has no transforms: the block is three convolutions
+        choices = [(1,) * len(taps)] if tile is None or max(tile) == 1 else []
+    else:
+        choices = [tile] if tile is not None else list(_tiles(base.family, taps, sizes))
+    for ms in choices:
         if len(ms) != len(taps):
             raise UnsupportedError(f"tile must have {len(taps)} entries, got {tuple(ms)}")
         yield replace(base, transforms=tuple(map(transform, ms, taps)))
@@ -251,14 +270,31 @@ def _tiles(family: str, taps: list[int], sizes: tuple[int, ...]) -> Iterator[tup
             yield ms
 
 
-def _priced(p: Plan, tolerance: float) -> Candidate:
-    factor = error_factor(p)
-    if factor > tolerance:
+def _priced(p: Plan, request: Request) -> Candidate:
+    factor, limit = error_factor(p), request.max_workspace_bytes
+    if factor > request.tolerance:
         return Candidate(
             p,
-            reason=f"error up to {factor:.1f} times direct exceeds the tolerance of {tolerance:g}",
+            reason=f"error up to {factor:.1f} times direct exceeds the tolerance of "
+            f"{request.tolerance:g}",
         )
+    reason = _over(p, limit)
+    if reason is not None:
+        # Another configuration may need less: the first one behind p that fits.
+        fitting = next((other for other in configurations(p, limit) if other is not p), None)
+        if fitting is None:
+            return Candidate(p, reason=reason)
+        p = fitting
     return Candidate(p, costs.estimate_ms(p))
+
+
+def _over(p: Plan, limit: int | None) -> str | None:
+    """None, or that the plan's workspace is larger than the limit."""
+    if limit is None:
+        return None
+    elements = backends.kernel(p.family, p.backend).workspace_size(p)
+    size = elements * ELEMENT_BYTES[p.dtype]
+    return None if size <= limit else f"needs {size:,} bytes of workspace, allowed are {limit:,}"
 
 
 def error_factor(p: Plan) -> float:

@@ -26,7 +26,7 @@ _library = torch.library.Library("fastconv", "DEF")
 _library.define(
     "conv(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, "
     "int groups, str activation='none', Tensor? residual=None, str algorithm='auto', "
-    "str backend='auto', float tolerance=4.0) -> Tensor",
+    "str backend='auto', float tolerance=4.0, int? max_workspace_bytes=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _ACTIVATIONS = {
@@ -50,14 +50,14 @@ def conv(
     geometry: Geometry,
     epilogue: Epilogue,
     residual: Tensor | None,
-    algorithm: str,
-    backend: str,
-    tolerance: float,
+    **choice: Any,
 ) -> Tensor:
-    """`ops.conv3d` and its kin on tensors that the door has checked; differentiable."""
+    """`ops.conv3d` and its kin on tensors that the door has checked; differentiable.
+
+    choice: algorithm, backend, tolerance, max_workspace_bytes
+    """
     padding = [p for pair in geometry.padding for p in pair]
     arguments = (input, weight, bias, geometry.stride, padding, geometry.dilation, geometry.groups)
-    choice = {"algorithm": algorithm, "backend": backend, "tolerance": float(tolerance)}
     given = [t for t in (input, weight, bias, residual) if t is not None]
     fused = epilogue.activation != "none" or residual is not None
     if fused and torch.is_grad_enabled() and any(t.requires_grad for t in given):
@@ -94,6 +94,7 @@ def _conv_impl(
     algorithm: str = "auto",
     backend: str = "auto",
     tolerance: float = 4.0,
+    max_workspace_bytes: int | None = None,
 ) -> Tensor:
     plan = planner.plan(
         _geometry(input, weight, stride, padding, dilation, groups),
@@ -104,6 +105,7 @@ def _conv_impl(
         algorithm=algorithm,
         backend=backend,
         tolerance=tolerance,
+        max_workspace_bytes=max_workspace_bytes,
     )
     return execute(plan, input, packed_weights(plan, weight), bias, residual)
 
@@ -121,6 +123,7 @@ def _conv_fake(
     algorithm: str = "auto",
     backend: str = "auto",
     tolerance: float = 4.0,
+    max_workspace_bytes: int | None = None,
 ) -> Tensor:
     geometry = _geometry(input, weight, stride, padding, dilation, groups)
     return new_dense(geometry.y_shape, input, ops.layout_of(input))
@@ -150,7 +153,7 @@ def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if dx is not None:
         for axis, size in enumerate(input.shape[2:]):
             dx = dx.narrow(2 + axis, extra[2 * axis], size)
-    return dx, dw, db, *(None,) * 9
+    return dx, dw, db, *(None,) * 10
 
 
 _library.impl("conv", _conv_impl, "CompositeExplicitAutograd")
@@ -167,17 +170,14 @@ def separable_block(
     geometry: SeparableGeometry,
     epilogue: tuple[Epilogue, Epilogue, Epilogue],
     residual: Tensor | None,
-    backend: str,
-    tolerance: float,
+    **choice: Any,
 ) -> Tensor:
     """`ops.separable_block` on tensors; three convolutions where a gradient is asked for."""
     given = [t for t in (input, *weights, *biases, residual) if t is not None]
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):
         for i, stage in enumerate(geometry.stages):
             rest = residual if i == 2 else None
-            input = conv(
-                input, weights[i], biases[i], stage, epilogue[i], rest, "auto", backend, tolerance
-            )
+            input = conv(input, weights[i], biases[i], stage, epilogue[i], rest, **choice)
         return input
     plan = planner.plan(
         geometry,
@@ -185,8 +185,7 @@ def separable_block(
         device=input.device.type,
         epilogue=epilogue,
         layout=ops.layout_of(input),
-        backend=backend,
-        tolerance=tolerance,
+        **choice,
     )
     return execute(plan, input, _pack(plan, weights), tuple(biases), residual)
 
@@ -216,6 +215,8 @@ def continual_step(
             x, r = dense(input, plan.layout), dense(residual, plan.layout)
             continual.run(plan, x, packed, bias, r, state.frames, state.steps, y, None)
         else:
+            if plan.backend == "numba":
+                _follow_threads()
             x, b, r = map(_view, (input, bias, residual))
             views = ops.State(_view(state.frames), _view(state.steps))
             ops.run_step(plan, x, packed, b, r, views, _view(y))
@@ -305,6 +306,10 @@ class PackedWeights:
             packed = self._packed[runner] = _pack(runner.plan, weight)
         return packed
 
+    def drop(self) -> None:
+        """Pack again when a form is asked for next."""
+        self._packed.clear()
+
 
 def held_weights(weight: Tensor) -> PackedWeights:
     """The packed weights kept for a tensor, new ones if it was written meanwhile."""
@@ -378,6 +383,8 @@ def _follow_threads() -> None:
     """`torch.set_num_threads` rules the Numba kernels too."""
     import numba
 
+    from .numba_kernels import simd
+
     wanted = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-    if numba.get_num_threads() != wanted:
+    if simd.threads() != wanted:
         numba.set_num_threads(wanted)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from itertools import product
 from math import prod
+from operator import add
 
 import numpy as np
 
@@ -63,8 +65,8 @@ def correlate(x: np.ndarray, w: np.ndarray, geometry: Geometry) -> np.ndarray:
     for xg, wg in zip(
         np.split(padded, geometry.groups, 1), np.split(w, geometry.groups), strict=True
     ):
-        parts = [contract(wg[(..., *tap)], view) for tap, view in taps(xg, geometry)]
-        per_group.append(sum(parts[1:], parts[0]))
+        parts = (contract(wg[(..., *tap)], view) for tap, view in taps(xg, geometry))
+        per_group.append(reduce(add, parts))
     return np.concatenate(per_group, axis=1)
 
 

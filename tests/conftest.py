@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -12,6 +13,8 @@ from hypothesis import settings
 
 from cases import Fenced, OnIsa
 
+# What was tuned on this machine does not change what the tests test.
+os.environ["FASTCONV_CACHE"] = f"{tempfile.gettempdir()}/fastconv-tests-{os.getpid()}"
 # Kernels compile on their first call, so no example has a deadline. CI repeats the same examples.
 settings.register_profile(
     "default", max_examples=20, deadline=None, derandomize=bool(os.environ.get("CI"))

@@ -40,6 +40,7 @@ def test_info_tells_of_every_backend_and_how_to_get_it(run):
         assert told[name].endswith("available" if reason is None else f"not available: {reason}")
     titles = {line[:18].strip() for line in out}
     assert {"fastconv", "NumPy", "instruction sets", "threads", "GPU", "default clip"} <= titles
+    assert "tuning results" in titles
 
 
 def test_transform_prints_what_the_library_knows(run):
@@ -142,4 +143,4 @@ def test_help_names_every_command(run):
     code, out, _ = run("--help")
     assert code == 0
     text = "\n".join(out)
-    assert all(name in text for name in ("info", "demo", "count", "transform"))
+    assert all(name in text for name in ("info", "demo", "count", "tune", "transform"))

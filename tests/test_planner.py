@@ -5,14 +5,23 @@ import pytest
 
 import fastconv
 from cases import arrays_for, execute
-from fastconv import planner
+from fastconv import planner, winners
+from fastconv.backends import kernel
 from fastconv.errors import UnsupportedError
 from fastconv.geometry import Geometry
-from fastconv.plan import Plan
+from fastconv.plan import Plan, Request
 from fastconv.reference import direct
 from fastconv.transforms import transform
 
 DENSE = Geometry.of((1, 32, 8, 12, 12), (32, 32, 3, 3, 3), padding=1)
+
+
+@pytest.fixture
+def unmeasured():
+    """Plans are made anew, before and after the test."""
+    winners.forget()
+    yield
+    winners.forget()
 
 
 def test_every_refused_candidate_has_a_reason():
@@ -26,7 +35,76 @@ def test_every_refused_candidate_has_a_reason():
 def test_cheapest_candidate_is_the_plan():
     found = planner.candidates(DENSE)
     assert found[0].plan == planner.plan(DENSE)
-    assert found[0].estimate_ms == min(c.estimate_ms for c in found)
+    framework = min(c.estimate_ms for c in found if c.plan.backend == "torch")
+    ours = min(c.estimate_ms for c in found if c.plan.backend != "torch")
+    assert found[0].estimate_ms == min(ours, framework)
+
+
+def test_pytorch_runs_where_the_estimates_are_close(monkeypatch, unmeasured):
+    if fastconv.backends.available()["torch"] is not None:
+        pytest.skip("needs PyTorch")
+    for ratio, backend in ((1.05, "torch"), (1.2, "numba")):
+        price = {"torch": 1.0, "numba": 1.0 / ratio}
+        monkeypatch.setattr(
+            planner.costs, "estimate_ms", lambda p, price=price: price.get(p.backend, 2.0)
+        )
+        found = planner.priced(Request.of(DENSE))
+        assert found[0].plan.backend == backend
+
+
+def test_a_workspace_beyond_the_limit_is_refused_or_configured_away(monkeypatch, unmeasured):
+    module = kernel("winograd", "reference")
+    monkeypatch.setattr(module, "CONFIGS", ({}, {"tiles": 14}))
+    monkeypatch.setattr(module, "workspace_size", lambda p: 100 if p.options else 1000)
+    options = {"backend": "reference", "algorithm": "winograd"}
+
+    def config(limit):
+        return planner.plan(DENSE, max_workspace_bytes=limit, **options).config
+
+    assert config(None) == config(4000) == ()
+    assert config(3999) == config(400) == (("tiles", 14),)
+    with pytest.raises(UnsupportedError, match="needs 4,000 bytes of workspace, allowed are 399"):
+        config(399)
+    with pytest.raises(UnsupportedError, match="max_workspace_bytes must be None or at least 0"):
+        config(-1)
+
+
+def test_every_door_takes_the_limit(monkeypatch, unmeasured):
+    """All of them refuse alike what PyTorch, which counts as needing nothing, may not do."""
+    monkeypatch.setattr(kernel("grouped", "reference"), "workspace_size", lambda p: 1000)
+    monkeypatch.setattr(kernel("continual", "reference"), "workspace_size", lambda p: 1000)
+    monkeypatch.setattr(kernel("hfa", "reference"), "workspace_size", lambda p: 1000)
+    limit = {"backend": "reference", "max_workspace_bytes": 10}
+
+    def ones(*shape):
+        return np.ones(shape, np.float32)
+
+    x, w = ones(1, 2, 4, 4, 4), ones(2, 2, 1, 1, 1)
+    calls = [
+        lambda: fastconv.conv1d(x[..., 0, 0], w[..., 0, 0], algorithm="direct", **limit),
+        lambda: fastconv.conv2d(x[..., 0], w[..., 0], algorithm="direct", **limit),
+        lambda: fastconv.conv3d(x, w, algorithm="direct", **limit),
+        lambda: fastconv.separable_block(x, w, ones(2, 1, 1, 1, 1), w, **limit),
+        lambda: fastconv.continual_step(
+            x[:, :, 0], fastconv.continual_state(x[:, :, 0], w), w, **limit
+        ),
+    ]
+    if fastconv.backends.available()["torch"] is None:
+        import torch
+
+        module = fastconv.nn.Conv3d(2, 2, 1, algorithm="direct", **limit)
+        t, u = torch.from_numpy(x), torch.from_numpy(w)
+        calls += [
+            lambda: module(t),
+            lambda: fastconv.conv3d(t, u, algorithm="direct", **limit),
+            lambda: fastconv.separable_block(t, u, u[:, :1], u, **limit),
+            lambda: fastconv.accelerate(
+                torch.nn.Sequential(torch.nn.Conv3d(2, 2, 1)).eval(), t, algorithm="direct", **limit
+            ),
+        ]
+    for call in calls:
+        with pytest.raises(UnsupportedError, match=r"needs [48],000 bytes of workspace"):
+            call()
 
 
 def test_tile_is_kept_and_checked():
@@ -81,11 +159,7 @@ def test_plans_are_hashable_and_equal_by_value():
     assert len(plans) == 1
 
 
-def test_without_optional_packages_the_definition_runs(monkeypatch):
+def test_without_optional_packages_the_definition_runs(monkeypatch, unmeasured):
     usable = {b: None if b == "reference" else "not installed" for b in fastconv.backends.BACKENDS}
     monkeypatch.setattr(fastconv.backends, "available", lambda: usable)
-    planner.candidates.cache_clear()
-    try:
-        assert planner.plan(DENSE).backend == "reference"
-    finally:
-        planner.candidates.cache_clear()
+    assert planner.plan(DENSE).backend == "reference"

@@ -288,3 +288,20 @@ def test_a_cache_that_cannot_be_written_breaks_nothing(monkeypatch, error):
     factor = "7/3" if isinstance(error, OSError) else "5/3"  # not compiled before
     parallel_for(kernel(scale_kernel, "float32", factor), (address(x), address(x), 4), 1)
     assert np.array_equal(x, np.full(4, float(Fraction(factor)), "float32"))
+
+
+def test_starting_numbas_threads_leaves_pytorchs_number_alone():
+    """Where both have OpenMP's threads, the first kernel would set PyTorch back to all of them."""
+    pytest.importorskip("torch")
+    code = """
+import torch
+torch.set_num_threads(1)
+import fastconv
+x = torch.zeros(1, 8, 8, 8, 8)
+fastconv.conv3d(x, torch.zeros(8, 8, 3, 3, 3), backend="numba")
+state = fastconv.continual_state(x[:, :, 0], torch.zeros(8, 8, 3, 3, 3))
+fastconv.continual_step(x[:, :, 0], state, torch.zeros(8, 8, 3, 3, 3), backend="numba")
+import numba
+print(torch.get_num_threads(), numba.get_num_threads())
+"""
+    assert run_python(code) == "1 1"

@@ -7,19 +7,19 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastconv import ops, planner, torch_ops
+from fastconv import ops, planner, torch_ops, winners
 from fastconv.epilogue import Epilogue
 from fastconv.geometry import Geometry
-from fastconv.plan import CHANNELS_LAST, Plan
+from fastconv.plan import CHANNELS_LAST, Plan, Request
 
 Module = TypeVar("Module", bound="_Conv")
 MAX_SHAPES = 256  # input shapes remembered per module
 
 
 class _Conv(nn.modules.conv._ConvNd):
-    """What the three share: PyTorch's constructor and four keywords more.
+    """What the three share: PyTorch's constructor and five keywords more.
 
-    algorithm, backend, tolerance: as for `fastconv.conv3d`
+    algorithm, backend, tolerance, max_workspace_bytes: as for `fastconv.conv3d`
     channels_last: compute and return channels last; by default in the input's layout
     """
 
@@ -30,10 +30,11 @@ class _Conv(nn.modules.conv._ConvNd):
         backend: str = "auto",
         tolerance: float = planner.DEFAULT_TOLERANCE,
         channels_last: bool = False,
+        max_workspace_bytes: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._configure(algorithm, backend, tolerance, channels_last)
+        self._configure(algorithm, backend, tolerance, channels_last, max_workspace_bytes)
 
     def _configure(
         self,
@@ -41,9 +42,10 @@ class _Conv(nn.modules.conv._ConvNd):
         backend: str = "auto",
         tolerance: float = planner.DEFAULT_TOLERANCE,
         channels_last: bool = False,
+        max_workspace_bytes: int | None = None,
     ) -> None:
         self.algorithm, self.backend, self.tolerance = algorithm, backend, float(tolerance)
-        self.channels_last = channels_last
+        self.channels_last, self.max_workspace_bytes = channels_last, max_workspace_bytes
         self._runners: dict[Any, torch_ops.Runner] = {}
         self._held: torch_ops.PackedWeights | None = None
 
@@ -64,9 +66,10 @@ class _Conv(nn.modules.conv._ConvNd):
     ) -> torch_ops.Runner:
         # Everything that may be set on a module between two calls is part of the key.
         options = (self.stride, padding, self.dilation, self.groups)
-        choice = (self.channels_last, self.algorithm, self.backend, self.tolerance)
+        limits = (self.tolerance, self.max_workspace_bytes)
+        choice = (self.channels_last, self.algorithm, self.backend, limits)
         of_input = (x.shape, x.stride(), x.dtype, x.device.type)
-        key = (of_input, w_shape, has_bias, options, choice)
+        key = (of_input, w_shape, has_bias, options, choice, winners.generation())
         runner = self._runners.get(key)
         if runner is None:
             if len(self._runners) >= MAX_SHAPES:
@@ -81,9 +84,33 @@ class _Conv(nn.modules.conv._ConvNd):
                 algorithm=self.algorithm,
                 backend=self.backend,
                 tolerance=self.tolerance,
+                max_workspace_bytes=self.max_workspace_bytes,
             )
             runner = self._runners[key] = torch_ops.runner(plan)
         return runner
+
+    def requests(self) -> list[Request]:
+        """What this module asked the planner for, in the calls so far."""
+        return [
+            Request.of(
+                plan.geometry,
+                dtype=plan.dtype,
+                device=plan.device,
+                epilogue=plan.epilogue,
+                layout=plan.layout,
+                algorithm=self.algorithm,
+                backend=self.backend,
+                tolerance=self.tolerance,
+                max_workspace_bytes=self.max_workspace_bytes,
+            )
+            for plan in (runner.plan for runner in self._runners.values())
+        ]
+
+    def forget_plans(self) -> None:
+        """Plan anew in the next call, and drop the packed weights."""
+        self._runners = {}
+        if self._held is not None:
+            self._held.drop()
 
     def plan_of(self, x_shape: tuple[int, ...]) -> Plan | None:
         """The plan that the last input of this shape (with its batch axis) ran; None if none."""
@@ -119,6 +146,7 @@ class _Conv(nn.modules.conv._ConvNd):
             algorithm=self.algorithm,
             backend=self.backend,
             tolerance=self.tolerance,
+            max_workspace_bytes=self.max_workspace_bytes,
         )
 
     def _is_plain(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -140,12 +168,12 @@ class _Conv(nn.modules.conv._ConvNd):
 
 
 class Conv1d(_Conv, nn.Conv1d):
-    """`torch.nn.Conv1d` and the keywords algorithm, backend, tolerance, channels_last."""
+    """`torch.nn.Conv1d` with the options of `fastconv.conv1d`, and channels_last."""
 
 
 class Conv2d(_Conv, nn.Conv2d):
-    """`torch.nn.Conv2d` and the keywords algorithm, backend, tolerance, channels_last."""
+    """`torch.nn.Conv2d` with the options of `fastconv.conv2d`, and channels_last."""
 
 
 class Conv3d(_Conv, nn.Conv3d):
-    """`torch.nn.Conv3d` and the keywords algorithm, backend, tolerance, channels_last."""
+    """`torch.nn.Conv3d` with the options of `fastconv.conv3d`, and channels_last."""

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastconv import planner
+from fastconv import planner, winners
+from fastconv.autotune import tune_request
 from fastconv.errors import UnsupportedError
 from fastconv.geometry import Geometry
 from fastconv.plan import Plan
@@ -106,12 +107,16 @@ def accelerate(
     algorithm: str = "auto",
     backend: str = "auto",
     tolerance: float = planner.DEFAULT_TOLERANCE,
+    max_workspace_bytes: int | None = None,
+    tune: bool = False,
     check: bool = True,
 ) -> tuple[nn.Module, Report]:
     """A copy of an eval-mode model with its convolutions on our kernels, and a report.
 
     example_input  a tensor, or a tuple of positional arguments
-    algorithm, backend, tolerance: as for `fastconv.conv3d`, per layer
+    algorithm, backend, tolerance, max_workspace_bytes: as for `fastconv.conv3d`, per layer
+    tune           measure which plan is fastest for every layer, see `fastconv.tune`; seconds per
+                   layer, but results are kept: what was measured before is not measured again
     check          compare both models with the model in float64 on the example input
 
     The copy shares parameters and buffers with the model and has the same state dict and signature;
@@ -125,7 +130,12 @@ def accelerate(
     if any(module.training for module in model.modules()):
         raise UnsupportedError("accelerate: the model is in training mode; call model.eval() first")
     args = example_input if isinstance(example_input, tuple) else (example_input,)
-    options = {"algorithm": algorithm, "backend": backend, "tolerance": tolerance}
+    options = {
+        "algorithm": algorithm,
+        "backend": backend,
+        "tolerance": tolerance,
+        "max_workspace_bytes": max_workspace_bytes,
+    }
     layers = trace(model, *args)
     with torch.inference_mode():
         try:
@@ -135,6 +145,8 @@ def accelerate(
             # A `view` that needs contiguous activations; any other error comes again here.
             new = _rewritten(model, channels_last=False, **options)
             got, last = _leaves(new(*args)), False
+        if tune and _tune(new):
+            got = _leaves(new(*args))
         want = _leaves(model(*args))
         exact = _in_float64(model, args) if check else want
     rows = _replacements(new, layers, last)
@@ -150,6 +162,18 @@ def accelerate(
             f"allowed is {report.allowed:.1e}"
         )
     return new, report
+
+
+def _tune(model: nn.Module) -> bool:
+    """Measure what the model's convolutions asked for and nobody measured yet; whether anything."""
+    modules = [m for m in model.modules() if isinstance(m, (Conv1d, Conv2d, Conv3d))]
+    asked = dict.fromkeys(request for module in modules for request in module.requests())
+    new = [request for request in asked if winners.find(request) is None]
+    for request in new:
+        tune_request(request)
+    for module in modules if new else ():
+        module.forget_plans()
+    return bool(new)
 
 
 def distance(got: list[Tensor], want: list[Tensor]) -> float:

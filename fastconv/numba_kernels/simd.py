@@ -44,6 +44,7 @@ import functools
 import hashlib
 import inspect
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -216,7 +217,18 @@ def address(array: np.ndarray | None) -> int:
 
 def threads() -> int:
     """Threads that `parallel_for` uses now."""
+    _start_threads()
     return numba.get_num_threads()
+
+
+@functools.cache
+def _start_threads() -> None:
+    """Let Numba start its threads: where they are OpenMP's, that sets PyTorch's number as well."""
+    torch = sys.modules.get("torch")
+    before = torch.get_num_threads() if torch is not None else 0
+    numba.get_num_threads()
+    if torch is not None:
+        torch.set_num_threads(before)
 
 
 def _drive_parallel(function, params, items):
