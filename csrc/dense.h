@@ -17,19 +17,21 @@
    the rest as in gemm_job, with one row of c behind the other */
 typedef struct {
     const float *const *rows;
-    int64_t rows_step, taps, shift, depth;
+    int64_t rows_step, taps, shift, depth, pixel;
     const float *zeros, *b;
     float *c;
-    int64_t c_stride, columns;
+    int64_t c_stride, columns, fetch;
     const float *bias, *residual;
     int activation;
 } dense_job;
 
 INLINE void dense_body(int rows, int nv, const dense_job *g) {
-    UNROLL
-    for (int i = 0; i < rows; i++)
-        UNROLL
-        for (int j = 0; j < nv * VL; j += 16) prefetch_write(g->c + i * g->c_stride + j);
+    if (g->fetch) {
+        float *line = g->c + g->fetch;
+        for (int i = 0; i < rows; i++, line += g->c_stride)
+            UNROLL
+            for (int j = 0; j < nv * VL; j += FC_LINE) prefetch_write(line + j);
+    }
     vec sum[MAX_ROWS * 4];
     UNROLL
     for (int i = 0; i < rows * nv; i++) sum[i] = vzero();
@@ -48,8 +50,11 @@ INLINE void dense_body(int rows, int nv, const dense_job *g) {
         const float *a[MAX_ROWS];
         UNROLL
         for (int i = 0; i < rows; i++) a[i] = table[i] + g->shift;
+        const float *next = a[rows - 1] + g->pixel;
+        _Pragma("GCC unroll 4")
         for (int64_t k = 0; k < depth; k++, b += nv * VL) {
             vec w[4];
+            prefetch(next + k * FC_LINE);
             UNROLL
             for (int j = 0; j < nv; j++) w[j] = vload(b + j * VL);
             if (rows == gemm_block_rows[nv]) {
@@ -161,7 +166,7 @@ static void dense_products(const dense_call *d, const float *const *table, const
     const fc_arrays *a = d->arrays;
     int64_t k = p->geometry.out_channels, group = k / p->geometry.groups;
     int64_t per_group = r->panels[0] + r->panels[1], terms = r->taps * r->depth;
-    dense_job job = {.rows_step = d->block, .zeros = zeros, .c_stride = k};
+    dense_job job = {.rows_step = d->block, .zeros = zeros, .c_stride = k, .pixel = p->geometry.in_channels * p->geometry.stride[2]};
     for (int64_t tap = 0; tap < r->taps; tap += r->chunk_taps)
         for (int64_t from = 0; from < r->depth; from += r->chunk_depth) {
             int is_first = !tap && !from;
@@ -186,6 +191,7 @@ static void dense_products(const dense_call *d, const float *const *table, const
                     int64_t tiles = fc_ceil_div(stop - q, gemm_block_rows[nv]);
                     for (; tiles; tiles--) {
                         int64_t rows = fc_ceil_div(stop - q, tiles);
+                        job.fetch = is_first * 2 * rows * k;
                         job.rows = table + tap * d->block + q - begin;
                         job.c = a->y + q * k + channel;
                         job.residual = !is_first      ? job.c
