@@ -152,6 +152,9 @@ static void lanes_pack(const lanes_strip *s, int64_t t) {
                     for (int64_t q = left; q < right; q += VL) {
                         /* Some pixels again, rather than fewer than a vector. */
                         if (right - left >= VL) q = fc_min(q, right - VL);
+                        const float *below = from + g->stride[1] * w * pixel + q * step * pixel + n;
+                        UNROLL
+                        for (int k = 0; k < VL; k++) prefetch(below + k * step * pixel);
                         lanes_square(from + q * step * pixel + n, step * pixel,
                                      to + n * l->channel_stride + q, l->channel_stride, right - q,
                                      channels - n);
@@ -160,17 +163,36 @@ static void lanes_pack(const lanes_strip *s, int64_t t) {
         }
 }
 
-/* Ask for the lines of `count` floats at start + i * step, first <= i < last. */
-INLINE void lanes_expect(int write, const float *start, int64_t step, int64_t count, int64_t first,
-                         int64_t last) {
-    for (int64_t i = first; i < last; i++) {
-        const float *p = start + i * step;
-        for (int64_t n = 0; n < count; n += FC_LINE)
-            if (write) prefetch_write(p + n);
-            else prefetch_far(p + n);
-        if (write) prefetch_write(p + count - 1);
-        else prefetch_far(p + count - 1);
+/* Pixels first .. last - 1 of an array, `channels` floats of each, `step` floats apart. */
+typedef struct {
+    const float *start;
+    int64_t step, channels, pixels;
+} lanes_pixels;
+
+/* Ask for part `i` of `parts` of some pixels: to write them, or to read them somewhat later. */
+INLINE void lanes_expect(int write, const lanes_pixels *p, int64_t i, int64_t parts) {
+    int64_t last = (i + 1) * p->pixels / parts;
+    for (int64_t n = i * p->pixels / parts; n < last; n++) {
+        const char *line = (const char *)(p->start + n * p->step), *end = line + 4 * p->channels;
+        for (line -= (uintptr_t)line % 64; line < end; line += 64)
+            if (write) prefetch_write(line);
+            else prefetch_far(line);
     }
+}
+
+/* What a strip reads of input frame t, which may lie behind the last. */
+static lanes_pixels lanes_arriving(const lanes_strip *s, int64_t t) {
+    const fc_geometry *g = &s->call->params->geometry;
+    int64_t depth = g->in_channels / g->groups, top = s->row * g->stride[1] - g->pad[1];
+    int64_t span = (g->kernel[1] - 1) * g->dilation[1] + 1;
+    int64_t bottom = fc_min(top + (s->rows - 1) * g->stride[1] + span, g->in_size[1]);
+    top = fc_max(top, 0);
+    lanes_pixels p = {.step = g->in_channels, .channels = s->groups * depth};
+    if (t >= g->in_size[0] || bottom <= top) return p;
+    p.start = input_frame(g, s->call->arrays->x, s->call->frames, s->image, t) +
+              top * g->in_size[2] * g->in_channels + s->group * depth;
+    p.pixels = (bottom - top) * g->in_size[2];
+    return p;
 }
 
 /* The sums of a strip at one output time. */
@@ -188,28 +210,25 @@ static void lanes_multiply(const lanes_strip *s, int64_t out_t) {
         if (t < 0) left_out = (i + 1) * area * depth;
         if (t < 0 || t >= g->in_size[0]) continue;
         int64_t slot = t % l->slots * l->frame;
-        for (int64_t j = 0; j < area; j++)
+        for (int64_t j = 0; j < g->kernel[1]; j++)
             for (int64_t n = 0; n < depth; n++)
-                s->offsets[terms++] = slot + l->offsets[j] + n * l->channel_stride;
+                for (int64_t q = 0; q < g->kernel[2]; q++)
+                    s->offsets[terms++] =
+                        slot + n * l->channel_stride + l->offsets[j * g->kernel[2] + q];
     }
     int64_t pixels = (s->rows - 1) * l->row_length + s->columns;
     int64_t vectors = fc_ceil_div(pixels, VL);
 
     /* Between the sums: lines of this output, and of the next frame that will be packed. */
-    int64_t ow = g->out_size[2], w = g->in_size[2], k = g->out_channels;
     int64_t y_row = (s->image * g->out_size[0] + out_t) * g->out_size[1] + s->row;
-    const float *y = c->arrays->y + y_row * ow * k + s->group * outputs, *x = c->arrays->x;
+    lanes_pixels leaving = {
+        .start = c->arrays->y + y_row * g->out_size[2] * g->out_channels + s->group * outputs,
+        .step = g->out_channels,
+        .channels = s->groups * outputs,
+        .pixels = s->rows * g->out_size[2],
+    };
     int64_t following = first_t + g->stride[0] + (g->kernel[0] - 1) * g->dilation[0];
-    int64_t top = s->row * g->stride[1] - g->pad[1];
-    int64_t span = (g->kernel[1] - 1) * g->dilation[1] + 1;
-    int64_t bottom = fc_min(top + (s->rows - 1) * g->stride[1] + span, g->in_size[1]);
-    top = fc_max(top, 0);
-    int64_t leaving = s->rows * ow, arriving = 0;
-    if (out_t + 1 < s->last_time && following < g->in_size[0]) {
-        arriving = fc_max(bottom - top, 0) * w;
-        x = input_frame(g, x, c->frames, s->image, following) + top * w * g->in_channels +
-            s->group * depth;
-    }
+    lanes_pixels arriving = lanes_arriving(s, following);
     int64_t step = 0, steps = s->groups * blocks * fc_ceil_div(vectors, l->vectors);
 
     lanes_job job = {.offsets = s->offsets, .terms = terms, .sums_stride = l->sums_stride};
@@ -224,10 +243,8 @@ static void lanes_multiply(const lanes_strip *s, int64_t out_t) {
         job.weights = c->arrays->weights +
                       ((s->group * blocks + n) * all_terms + left_out) * l->channels;
         for (int64_t v = 0; v < vectors; v += l->vectors, step++) {
-            lanes_expect(1, y, k, s->groups * outputs, step * leaving / steps,
-                         (step + 1) * leaving / steps);
-            lanes_expect(0, x, g->in_channels, s->groups * depth, step * arriving / steps,
-                         (step + 1) * arriving / steps);
+            lanes_expect(1, &leaving, step, steps);
+            lanes_expect(0, &arriving, step, steps);
             job.source = s->ring + group * depth * l->channel_stride + v * VL;
             job.sums = s->sums + (group * outputs + first) * l->sums_stride + v * VL;
             lanes_tiles[l->channels][fc_min(l->vectors, vectors - v)](&job);

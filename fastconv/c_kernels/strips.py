@@ -160,14 +160,15 @@ def _lines(share: int, channels: int) -> float:
 
 
 def pack(weights: np.ndarray, geometry: Geometry, lanes: int) -> np.ndarray:
-    """w (K, C / G, *kernel) -> (G, blocks, taps, C / G, channels of a register block)."""
+    """w (K, C / G, *kernel) -> (G, blocks, KT * KH, C / G, KW, channels of a register block)."""
     g = geometry
     k = g.out_channels // g.groups
     channels, _ = register_block(k, lanes)
     blocks = -(-k // channels)
-    packed = launch.aligned(g.groups, blocks, g.taps, g.in_channels // g.groups, channels)
-    # (G, K / G, C / G, taps) -> (G, taps, C / G, K / G)
-    w = np.asarray(weights).reshape(g.groups, k, -1, g.taps).transpose(0, 3, 2, 1)
+    rows, columns = g.taps // g.kernel[-1], g.kernel[-1]
+    packed = launch.aligned(g.groups, blocks, rows, g.in_channels // g.groups, columns, channels)
+    # (G, K / G, C / G, KT * KH, KW) -> (G, KT * KH, C / G, KW, K / G)
+    w = np.asarray(weights).reshape(g.groups, k, -1, rows, columns).transpose(0, 3, 2, 4, 1)
     for block in range(blocks):
         part = w[..., block * channels : (block + 1) * channels]
         packed[:, block, ..., : part.shape[-1]] = part
