@@ -36,6 +36,42 @@ typedef struct {
     int activation;
 } gemm_job;
 
+/* The end of a register block: bias, residual, activation, and the way to memory. */
+INLINE void gemm_finish(int rows, int nv, vec *sum, float *c, int64_t c_stride, int64_t columns,
+                        const float *bias, const float *residual, int activation) {
+    vec low = vset(activation_floor(activation));
+    UNROLL
+    for (int j = 0; j < nv; j++) {
+        int64_t n = vcount(columns, j * VL);
+        if (bias) {
+            vec shift = vload_n(bias + j * VL, n);
+            UNROLL
+            for (int i = 0; i < rows; i++) sum[i * nv + j] += shift;
+        }
+        if (n == VL) {
+            if (residual) {
+                UNROLL
+                for (int i = 0; i < rows; i++)
+                    sum[i * nv + j] += vload(residual + i * c_stride + j * VL);
+            }
+            UNROLL
+            for (int i = 0; i < rows; i++)
+                vstore(c + i * c_stride + j * VL, vmax(sum[i * nv + j], low));
+        } else if (n) {
+            if (residual) {
+                UNROLL
+                for (int i = 0; i < rows; i++)
+                    sum[i * nv + j] += vload_n(residual + i * c_stride + j * VL, n);
+            }
+            UNROLL
+            for (int i = 0; i < rows; i++)
+                vstore_n(c + i * c_stride + j * VL, vmax(sum[i * nv + j], low), n);
+        }
+    }
+    if (activates_later(activation))
+        activate_rows(c, c_stride, rows, fc_min(columns, nv * VL), activation);
+}
+
 INLINE void gemm_body(int rows, int nv, int ahead, const gemm_job *g, int64_t row) {
     vec sum[MAX_ROWS * 4];
     UNROLL
@@ -61,73 +97,35 @@ INLINE void gemm_body(int rows, int nv, int ahead, const gemm_job *g, int64_t ro
             }
         }
     }
-    if (g->bias) {
-        UNROLL
-        for (int j = 0; j < nv; j++) {
-            vec shift = vload_n(g->bias + j * VL, vcount(g->columns, j * VL));
-            UNROLL
-            for (int i = 0; i < rows; i++) sum[i * nv + j] += shift;
-        }
-    }
-    vec low = vset(activation_floor(g->activation));
-    float *c = g->c + row * g->c_stride;
-    const float *residual = g->residual ? g->residual + row * g->c_stride : NULL;
-    if (g->columns >= nv * VL) {
-        UNROLL
-        for (int i = 0; i < rows; i++)
-            UNROLL
-            for (int j = 0; j < nv; j++) {
-                vec z = sum[i * nv + j];
-                if (residual) z += vload(residual + i * g->c_stride + j * VL);
-                vstore(c + i * g->c_stride + j * VL, vmax(z, low));
-            }
-    } else {
-        UNROLL
-        for (int j = 0; j < nv; j++) {
-            int64_t n = vcount(g->columns, j * VL);
-            if (!n) break;
-            UNROLL
-            for (int i = 0; i < rows; i++) {
-                vec z = sum[i * nv + j];
-                if (residual) z += vload_n(residual + i * g->c_stride + j * VL, n);
-                vstore_n(c + i * g->c_stride + j * VL, vmax(z, low), n);
-            }
-        }
-    }
-    if (activates_later(g->activation))
-        activate_rows(c, g->c_stride, rows, fc_min(g->columns, nv * VL), g->activation);
+    int64_t at = row * g->c_stride;
+    gemm_finish(rows, nv, sum, g->c + at, g->c_stride, g->columns, g->bias,
+                g->residual ? g->residual + at : NULL, g->activation);
 }
 
 typedef void (*gemm_tile)(const gemm_job *, int64_t row);
+
+/* X(rows, nv) for every register block. */
+#define EACH_ROWS_2(X, nv) X(1, nv) X(2, nv)
+#define EACH_ROWS_4(X, nv) EACH_ROWS_2(X, nv) X(3, nv) X(4, nv)
+#define EACH_ROWS_6(X, nv) EACH_ROWS_4(X, nv) X(5, nv) X(6, nv)
+#define EACH_ROWS_8(X, nv) EACH_ROWS_6(X, nv) X(7, nv) X(8, nv)
+#define EACH_ROWS_12(X, nv) EACH_ROWS_8(X, nv) X(9, nv) X(10, nv) X(11, nv) X(12, nv)
+#define EACH_ROWS_14(X, nv) EACH_ROWS_12(X, nv) X(13, nv) X(14, nv)
+#if VL == 16
+#define EACH_TILE(X) EACH_ROWS_14(X, 1) EACH_ROWS_14(X, 2) EACH_ROWS_8(X, 3) EACH_ROWS_6(X, 4)
+#elif VL == 8
+#define EACH_TILE(X) EACH_ROWS_12(X, 1) EACH_ROWS_6(X, 2) EACH_ROWS_4(X, 3) EACH_ROWS_2(X, 4)
+#else
+#define EACH_TILE(X) EACH_ROWS_8(X, 1) EACH_ROWS_6(X, 2) EACH_ROWS_4(X, 3) EACH_ROWS_2(X, 4)
+#endif
 
 #define GEMM_TILE(rows, nv)                                                                    \
     static void gemm_##rows##_##nv(const gemm_job *g, int64_t row) {                            \
         gemm_body(rows, nv, rows == ROWS_##nv, g, row);                                         \
     }
-#define GEMM_ROWS_2(nv) GEMM_TILE(1, nv) GEMM_TILE(2, nv)
-#define GEMM_ROWS_4(nv) GEMM_ROWS_2(nv) GEMM_TILE(3, nv) GEMM_TILE(4, nv)
-#define GEMM_ROWS_6(nv) GEMM_ROWS_4(nv) GEMM_TILE(5, nv) GEMM_TILE(6, nv)
-#define GEMM_ROWS_8(nv) GEMM_ROWS_6(nv) GEMM_TILE(7, nv) GEMM_TILE(8, nv)
-#define GEMM_ROWS_12(nv)                                                                       \
-    GEMM_ROWS_8(nv) GEMM_TILE(9, nv) GEMM_TILE(10, nv) GEMM_TILE(11, nv) GEMM_TILE(12, nv)
-#define GEMM_ROWS_14(nv) GEMM_ROWS_12(nv) GEMM_TILE(13, nv) GEMM_TILE(14, nv)
-#define TILES_2(nv) gemm_1_##nv, gemm_2_##nv
-#define TILES_4(nv) TILES_2(nv), gemm_3_##nv, gemm_4_##nv
-#define TILES_6(nv) TILES_4(nv), gemm_5_##nv, gemm_6_##nv
-#define TILES_8(nv) TILES_6(nv), gemm_7_##nv, gemm_8_##nv
-#define TILES_12(nv) TILES_8(nv), gemm_9_##nv, gemm_10_##nv, gemm_11_##nv, gemm_12_##nv
-#define TILES_14(nv) TILES_12(nv), gemm_13_##nv, gemm_14_##nv
-
-#if VL == 16
-GEMM_ROWS_14(1) GEMM_ROWS_14(2) GEMM_ROWS_8(3) GEMM_ROWS_6(4)
-static const gemm_tile gemm_tiles[5][MAX_ROWS] = {{0}, {TILES_14(1)}, {TILES_14(2)}, {TILES_8(3)}, {TILES_6(4)}};
-#elif VL == 8
-GEMM_ROWS_12(1) GEMM_ROWS_6(2) GEMM_ROWS_4(3) GEMM_ROWS_2(4)
-static const gemm_tile gemm_tiles[5][MAX_ROWS] = {{0}, {TILES_12(1)}, {TILES_6(2)}, {TILES_4(3)}, {TILES_2(4)}};
-#else
-GEMM_ROWS_8(1) GEMM_ROWS_6(2) GEMM_ROWS_4(3) GEMM_ROWS_2(4)
-static const gemm_tile gemm_tiles[5][MAX_ROWS] = {{0}, {TILES_8(1)}, {TILES_6(2)}, {TILES_4(3)}, {TILES_2(4)}};
-#endif
+EACH_TILE(GEMM_TILE)
+#define GEMM_NAME(rows, nv) [nv][rows - 1] = gemm_##rows##_##nv,
+static const gemm_tile gemm_tiles[5][MAX_ROWS] = {EACH_TILE(GEMM_NAME)};
 static const int gemm_block_rows[5] = {0, ROWS_1, ROWS_2, ROWS_3, ROWS_4};
 
 /* `rows` rows of c, of any count, for one panel of `nv` vectors. */

@@ -76,31 +76,61 @@ INLINE int64_t vcount(int64_t count, int64_t first) {
 #else
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vec_int){__VA_ARGS__})
 #endif
-/* The first or the second halves of a and b, lane by lane in turn. */
+/* For transposing: lanes in turn, pairs of lanes in turn, both within blocks of four lanes; and the
+   even or odd blocks of a, then those of b. */
 #if VL == 16
-#define LOW_LANES 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
-#define HIGH_LANES 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#define LOW_LANES 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29
+#define HIGH_LANES 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31
+#define LOW_PAIRS 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
+#define HIGH_PAIRS 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
+#define EVEN_BLOCKS 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27
+#define ODD_BLOCKS 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31
 #elif VL == 8
-#define LOW_LANES 0, 8, 1, 9, 2, 10, 3, 11
-#define HIGH_LANES 4, 12, 5, 13, 6, 14, 7, 15
+#define LOW_LANES 0, 8, 1, 9, 4, 12, 5, 13
+#define HIGH_LANES 2, 10, 3, 11, 6, 14, 7, 15
+#define LOW_PAIRS 0, 1, 8, 9, 4, 5, 12, 13
+#define HIGH_PAIRS 2, 3, 10, 11, 6, 7, 14, 15
+#define EVEN_BLOCKS 0, 1, 2, 3, 8, 9, 10, 11
+#define ODD_BLOCKS 4, 5, 6, 7, 12, 13, 14, 15
 #else
 #define LOW_LANES 0, 4, 1, 5
 #define HIGH_LANES 2, 6, 3, 7
+#define LOW_PAIRS 0, 1, 4, 5
+#define HIGH_PAIRS 2, 3, 6, 7
 #endif
 
-/* A square of vectors transposed: perfect shuffles, log2(VL) rounds. */
+/* A square of vectors transposed: squares of four lanes first, then blocks of four lanes. */
 INLINE void vtranspose(vec v[VL]) {
+    vec w[VL];
     UNROLL
-    for (int half = 1; half < VL; half *= 2) {
-        vec w[VL];
-        UNROLL
-        for (int i = 0; i < VL / 2; i++) {
-            w[2 * i] = SHUFFLE(v[i], v[i + VL / 2], LOW_LANES);
-            w[2 * i + 1] = SHUFFLE(v[i], v[i + VL / 2], HIGH_LANES);
-        }
-        UNROLL
-        for (int i = 0; i < VL; i++) v[i] = w[i];
+    for (int i = 0; i < VL; i += 4) {
+        vec a = SHUFFLE(v[i], v[i + 1], LOW_LANES), b = SHUFFLE(v[i], v[i + 1], HIGH_LANES);
+        vec c = SHUFFLE(v[i + 2], v[i + 3], LOW_LANES), d = SHUFFLE(v[i + 2], v[i + 3], HIGH_LANES);
+        w[i] = SHUFFLE(a, c, LOW_PAIRS);
+        w[i + 1] = SHUFFLE(a, c, HIGH_PAIRS);
+        w[i + 2] = SHUFFLE(b, d, LOW_PAIRS);
+        w[i + 3] = SHUFFLE(b, d, HIGH_PAIRS);
     }
+#if VL == 16
+    UNROLL
+    for (int i = 0; i < 4; i++) {
+        vec a = SHUFFLE(w[i], w[i + 4], EVEN_BLOCKS), b = SHUFFLE(w[i], w[i + 4], ODD_BLOCKS);
+        vec c = SHUFFLE(w[i + 8], w[i + 12], EVEN_BLOCKS), d = SHUFFLE(w[i + 8], w[i + 12], ODD_BLOCKS);
+        v[i] = SHUFFLE(a, c, EVEN_BLOCKS);
+        v[i + 4] = SHUFFLE(b, d, EVEN_BLOCKS);
+        v[i + 8] = SHUFFLE(a, c, ODD_BLOCKS);
+        v[i + 12] = SHUFFLE(b, d, ODD_BLOCKS);
+    }
+#elif VL == 8
+    UNROLL
+    for (int i = 0; i < 4; i++) {
+        v[i] = SHUFFLE(w[i], w[i + 4], EVEN_BLOCKS);
+        v[i + 4] = SHUFFLE(w[i], w[i + 4], ODD_BLOCKS);
+    }
+#else
+    UNROLL
+    for (int i = 0; i < 4; i++) v[i] = w[i];
+#endif
 }
 
 #endif

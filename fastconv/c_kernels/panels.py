@@ -39,3 +39,41 @@ def pack_panels(b: np.ndarray, vectors: int) -> np.ndarray:
         part = b[..., panel * width : (panel + 1) * width]
         panels[panel, ..., : part.shape[-1]] = part
     return panels[:count]
+
+
+def panel_split(columns: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Vectors per panel of two kinds and panels of each, which cover `columns` with no whole vector
+    of padding, in the least time."""
+    needed, time = -(-columns // launch.lanes()), _BLOCK_TIME[launch.lanes()]
+    order = (2, 4, 3, 1)
+    splits = [
+        ((wide, narrow), (count, rest // narrow))
+        for wide in order
+        for count in range(needed // wide, -1, -1)
+        if (rest := needed - count * wide) or True
+        for narrow in order
+        if rest % narrow == 0 and (rest or narrow == wide)
+    ]
+    return min(
+        splits, key=lambda s: sum(v * n * time[v] for v, n in zip(*s, strict=True)) + 0.01 * sum(s[1])
+    )
+
+
+def pack_split(
+    b: np.ndarray, vectors: tuple[int, int], panels: tuple[int, int]
+) -> np.ndarray:
+    """b (groups, depth, columns) -> (groups, depth * vectors * lanes), the panels of `panel_split`
+    one behind the other, with memory for another one behind the last."""
+    lanes = launch.lanes()
+    groups, depth, columns = b.shape
+    widths = [v * lanes for v, n in zip(vectors, panels, strict=True) for _ in range(n)]
+    size = depth * sum(widths)
+    packed = launch.aligned(groups * size + depth * max(widths))
+    of_group = packed[: groups * size].reshape(groups, size)
+    start = at = 0
+    for width in widths:
+        panel = of_group[:, at : at + depth * width].reshape(groups, depth, width)
+        part = b[..., start : start + width]
+        panel[..., : part.shape[-1]] = part
+        start, at = start + width, at + depth * width
+    return packed

@@ -1,0 +1,263 @@
+/* Convolution as an implicit matrix product: rows are output pixels, columns output channels.
+
+   A block of output pixels keeps a table of addresses, one per tap and pixel: where that tap's
+   input channels begin, or zeros where the tap lies on padding. The micro-kernel broadcasts inputs
+   through the table and streams packed weights, so every stride, dilation and padding is one
+   kernel, and a 1 x 1 x 1 kernel is its case of one tap. */
+#ifndef FC_DENSE_H
+#define FC_DENSE_H
+
+#include "gemm.h"
+
+/* c (rows, columns) = activation(sum over taps of inputs under the table @ b + bias + residual)
+
+   rows     [tap][rows_step]: addresses of inputs, `shift` floats before what is read
+   zeros    the address that stands for padding: taps that all rows have there are left out
+   ahead    memory that is read next, a cache line per term, or NULL
+   the rest as in gemm_job, with one row of c behind the other */
+typedef struct {
+    const float *const *rows;
+    int64_t rows_step, taps, shift, depth, pixel;
+    const float *zeros, *b;
+    float *c;
+    int64_t c_stride, columns, fetch;
+    const float *bias, *residual;
+    int activation;
+} dense_job;
+
+INLINE void dense_body(int rows, int nv, const dense_job *g) {
+    if (g->fetch) {
+        float *line = g->c + g->fetch;
+        for (int i = 0; i < rows; i++, line += g->c_stride)
+            UNROLL
+            for (int j = 0; j < nv * VL; j += FC_LINE) prefetch_write(line + j);
+    }
+    vec sum[MAX_ROWS * 4];
+    UNROLL
+    for (int i = 0; i < rows * nv; i++) sum[i] = vzero();
+    const float *b = g->b, *const *table = g->rows;
+    int64_t depth = g->depth, tap_size = depth * nv * VL, ahead = g->taps * tap_size;
+    for (int64_t s = 0; s < g->taps; s++, table += g->rows_step) {
+        if (table[0] == g->zeros) {
+            int inputs = 0;
+            UNROLL
+            for (int i = 1; i < rows; i++) inputs |= table[i] != g->zeros;
+            if (!inputs) {
+                b += tap_size;
+                continue;
+            }
+        }
+        const float *a[MAX_ROWS];
+        UNROLL
+        for (int i = 0; i < rows; i++) a[i] = table[i] + g->shift;
+        const float *next = a[rows - 1] + g->pixel;
+        _Pragma("GCC unroll 4")
+        for (int64_t k = 0; k < depth; k++, b += nv * VL) {
+            vec w[4];
+            prefetch(next + k * FC_LINE);
+            UNROLL
+            for (int j = 0; j < nv; j++) w[j] = vload(b + j * VL);
+            if (rows == gemm_block_rows[nv]) {
+                UNROLL
+                for (int j = 0; j < nv * VL; j += 16) prefetch_far(b + ahead + j);
+            }
+            UNROLL
+            for (int i = 0; i < rows; i++) {
+                vec value = vset(a[i][k]);
+                UNROLL
+                for (int j = 0; j < nv; j++)
+                    sum[i * nv + j] = value * w[j] + sum[i * nv + j];
+            }
+        }
+    }
+    gemm_finish(rows, nv, sum, g->c, g->c_stride, g->columns, g->bias, g->residual, g->activation);
+}
+
+typedef void (*dense_tile)(const dense_job *);
+#define DENSE_TILE(rows, nv)                                                                   \
+    static void dense_##rows##_##nv(const dense_job *g) { dense_body(rows, nv, g); }
+EACH_TILE(DENSE_TILE)
+#define DENSE_NAME(rows, nv) [nv][rows - 1] = dense_##rows##_##nv,
+static const dense_tile dense_tiles[5][MAX_ROWS] = {EACH_TILE(DENSE_NAME)};
+
+/* One call, and how its work is cut: items are `pieces` of output pixels times shares of the panels.
+
+   frames  where each input frame (N, T) begins, or NULL where they follow each other in x */
+typedef struct {
+    const fc_grouped *params;
+    const fc_arrays *arrays;
+    const float *const *frames;
+    int64_t pixels, block, runs_per_piece, pieces_per_run, pieces, share;
+} dense_call;
+
+INLINE const float *input_frame(const fc_geometry *g, const float *x, const float *const *frames,
+                                int64_t image, int64_t t) {
+    int64_t frame = image * g->in_size[0] + t;
+    return frames ? frames[frame] : x + frame * g->in_size[1] * g->in_size[2] * g->in_channels;
+}
+
+/* The input rows of some output rows of one frame, with the padding in front and behind:
+   packed (KT, packed_rows, packed_row). Rows and frames that do not exist are left out. */
+static void dense_pack(const dense_call *d, int64_t frame, int64_t first_row, float *packed) {
+    const fc_geometry *g = &d->params->geometry;
+    const fc_pixel_rows *r = &d->params->rows;
+    int64_t image = frame / g->out_size[0], out_t = frame % g->out_size[0];
+    int64_t row_size = g->in_size[2] * g->in_channels;
+    int64_t left = fc_min(g->pad[2] * g->in_channels, r->packed_row);
+    int64_t used = fc_min(row_size, r->packed_row - left);
+    int64_t top = first_row * g->stride[1] - g->pad[1];
+    for (int64_t i = 0; i < g->kernel[0]; i++) {
+        int64_t t = out_t * g->stride[0] - g->pad[0] + i * g->dilation[0];
+        if (t < 0 || t >= g->in_size[0]) continue;
+        const float *from = input_frame(g, d->arrays->x, d->frames, image, t);
+        for (int64_t j = fc_max(-top, 0); j < fc_min(r->packed_rows, g->in_size[1] - top); j++) {
+            float *to = packed + (i * r->packed_rows + j) * r->packed_row;
+            memset(to, 0, 4 * left);
+            memcpy(to + left, from + (top + j) * row_size, 4 * used);
+            memset(to + left + used, 0, 4 * (r->packed_row - left - used));
+        }
+    }
+}
+
+/* Where the taps of some pixels of one output row begin: every (KT, KH, KW), or (KT, KH).
+
+   packed  copied input rows of output row `packed_row` and those behind, or NULL
+   entry   of column 0 at the first tap; those of columns start .. stop - 1 are written */
+static void dense_row_addresses(const dense_call *d, int64_t row, int64_t start, int64_t stop,
+                                const float *packed, int64_t packed_row, const float *zeros,
+                                const float **entry) {
+    const fc_geometry *g = &d->params->geometry;
+    const fc_pixel_rows *r = &d->params->rows;
+    int64_t out_h = row % g->out_size[1], frame = row / g->out_size[1];
+    int64_t image = frame / g->out_size[0], out_t = frame % g->out_size[0];
+    int64_t w = g->in_size[2], step = g->stride[2], pixel = g->in_channels;
+    int64_t columns = r->joined ? 1 : g->kernel[2];
+    for (int64_t i = 0; i < g->kernel[0]; i++) {
+        int64_t in_t = out_t * g->stride[0] - g->pad[0] + i * g->dilation[0];
+        int there = in_t >= 0 && in_t < g->in_size[0];
+        const float *from = there ? input_frame(g, d->arrays->x, d->frames, image, in_t) : NULL;
+        for (int64_t j = 0; j < g->kernel[1]; j++) {
+            int64_t in_h = out_h * g->stride[1] - g->pad[1] + j * g->dilation[1];
+            int inside = there && in_h >= 0 && in_h < g->in_size[1];
+            int64_t above = (out_h - packed_row) * g->stride[1] + j * g->dilation[1];
+            const float *line = !inside ? zeros
+                                : packed ? packed + (i * r->packed_rows + above) * r->packed_row
+                                         : from + in_h * w * pixel;
+            for (int64_t q = 0; q < columns; q++, entry += d->block) {
+                int64_t in_w = r->joined ? 0 : q * g->dilation[2] - g->pad[2];
+                int64_t low = start, high = inside ? stop : start;
+                if (inside && !r->joined) { /* columns o with in_w + o * step in 0 .. w - 1 */
+                    low = fc_min(fc_max((step - 1 - in_w) / step, start), stop);
+                    high = fc_max(fc_min((w - 1 - in_w + step) / step, stop), low);
+                }
+                for (int64_t o = start; o < low; o++) entry[o] = zeros;
+                for (int64_t o = low; o < high; o++) entry[o] = line + (in_w + o * step) * pixel;
+                for (int64_t o = high; o < stop; o++) entry[o] = zeros;
+            }
+        }
+    }
+}
+
+/* A block of output pixels, whose addresses are in the table, times panels first .. last - 1. */
+static void dense_products(const dense_call *d, const float *const *table, const float *zeros,
+                           int64_t begin, int64_t end, int64_t first_panel, int64_t last_panel) {
+    const fc_grouped *p = d->params;
+    const fc_pixel_rows *r = &p->rows;
+    const fc_arrays *a = d->arrays;
+    int64_t k = p->geometry.out_channels, group = k / p->geometry.groups;
+    int64_t per_group = r->panels[0] + r->panels[1], terms = r->taps * r->depth;
+    dense_job job = {.rows_step = d->block, .zeros = zeros, .c_stride = k, .pixel = p->geometry.in_channels * p->geometry.stride[2]};
+    for (int64_t tap = 0; tap < r->taps; tap += r->chunk_taps)
+        for (int64_t from = 0; from < r->depth; from += r->chunk_depth) {
+            int is_first = !tap && !from;
+            int is_last = tap + r->chunk_taps >= r->taps && from + r->chunk_depth >= r->depth;
+            job.taps = fc_min(r->chunk_taps, r->taps - tap);
+            job.depth = fc_min(r->chunk_depth, r->depth - from);
+            job.activation = is_last ? p->activation : FC_NONE;
+            for (int64_t n = first_panel; n < last_panel; n++) {
+                int64_t g = n / per_group, i = n % per_group, narrow = i >= r->panels[0];
+                int64_t nv = r->vectors[narrow];
+                int64_t before = i * r->vectors[0]; /* vectors of this group in front */
+                if (narrow) before = r->panels[0] * r->vectors[0] + (i - r->panels[0]) * nv;
+                int64_t of_group = r->panels[0] * r->vectors[0] + r->panels[1] * r->vectors[1];
+                int64_t channel = g * group + before * VL;
+                job.columns = fc_min(group - before * VL, nv * VL);
+                job.shift = g * r->depth + from;
+                job.b = a->weights + (g * of_group + before) * VL * terms +
+                        (tap * r->depth + from) * nv * VL;
+                job.bias = is_first && a->bias[0] ? a->bias[0] + channel : NULL;
+                for (int64_t q = begin; q < end;) {
+                    int64_t stop = fc_min(end, (q / r->run + 1) * r->run);
+                    int64_t tiles = fc_ceil_div(stop - q, gemm_block_rows[nv]);
+                    for (; tiles; tiles--) {
+                        int64_t rows = fc_ceil_div(stop - q, tiles);
+                        job.fetch = is_first * 2 * rows * k;
+                        job.rows = table + tap * d->block + q - begin;
+                        job.c = a->y + q * k + channel;
+                        job.residual = !is_first      ? job.c
+                                       : a->residual ? a->residual + q * k + channel
+                                                     : NULL;
+                        dense_tiles[nv][rows - 1](&job);
+                        q += rows;
+                    }
+                }
+            }
+        }
+}
+
+static void dense_item(void *context, int64_t item, int thread) {
+    const dense_call *d = context;
+    const fc_grouped *p = d->params;
+    const fc_pixel_rows *r = &p->rows;
+    const fc_geometry *g = &p->geometry;
+    int64_t ow = g->out_size[2], panels = g->groups * (r->panels[0] + r->panels[1]);
+    float *zeros = d->arrays->workspace + thread * p->each;
+    const float **table = (const float **)(zeros + fc_lines(fc_max(g->in_channels, r->depth)));
+    float *packed = r->packed_row ? (float *)table + fc_lines(2 * r->taps * r->block) : NULL;
+    memset(zeros, 0, 4 * fc_max(g->in_channels, r->depth));
+
+    int64_t piece = item % d->pieces, first_panel = item / d->pieces * d->share;
+    int64_t last_panel = fc_min(first_panel + d->share, panels);
+    int64_t size = packed ? r->high * ow : d->block;
+    int64_t first = piece * d->runs_per_piece * r->run, last = first + d->runs_per_piece * r->run;
+    if (d->pieces_per_run > 1) {
+        first = piece / d->pieces_per_run * r->run;
+        last = first + r->run;
+        first += piece % d->pieces_per_run * size;
+        last = fc_min(last, first + size);
+    }
+    last = fc_min(last, d->pixels);
+    int64_t first_row = first / ow, packed_row = first_row % g->out_size[1];
+    if (packed) dense_pack(d, first_row / g->out_size[1], packed_row, packed);
+    for (int64_t begin = first; begin < last; begin += d->block) {
+        int64_t end = fc_min(begin + d->block, last);
+        for (int64_t q = begin; q < end;) {
+            int64_t start = q % ow, stop = fc_min(start + end - q, ow);
+            dense_row_addresses(d, q / ow, start, stop, packed, packed_row, zeros,
+                                table + (q - begin - start));
+            q += stop - start;
+        }
+        dense_products(d, table, zeros, begin, end, first_panel, last_panel);
+    }
+}
+
+/* Large items, but enough for all threads: first the panels are shared out, then blocks shrink. */
+static void dense_run(const fc_grouped *p, const fc_arrays *a, const float *const *frames,
+                      int threads) {
+    const fc_pixel_rows *r = &p->rows;
+    const fc_geometry *g = &p->geometry;
+    dense_call d = {.params = p, .arrays = a, .frames = frames, .block = r->block};
+    d.pixels = g->batch * g->out_size[0] * g->out_size[1] * g->out_size[2];
+    if (!d.pixels) return;
+    int64_t panels = g->groups * (r->panels[0] + r->panels[1]), runs = d.pixels / r->run;
+    int64_t wanted = threads > 1 ? 4 * threads : 1;
+    int64_t size = r->packed_row ? r->high * g->out_size[2] : r->block;
+    d.pieces_per_run = fc_ceil_div(r->run, size);
+    d.runs_per_piece = d.pieces_per_run > 1 || r->packed_row ? 1 : fc_max(r->block / r->run, 1);
+    d.pieces = d.pieces_per_run > 1 ? runs * d.pieces_per_run : fc_ceil_div(runs, d.runs_per_piece);
+    int64_t shares = fc_min(panels, fc_ceil_div(wanted, d.pieces));
+    d.share = fc_ceil_div(panels, shares);
+    fc_parallel_for(threads, d.pieces * fc_ceil_div(panels, d.share), dense_item, &d);
+}
+
+#endif

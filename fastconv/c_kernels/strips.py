@@ -1,0 +1,188 @@
+"""Pixels in lanes (csrc/lanes.h): how the work of one geometry is cut, and weights packed for it."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from ..geometry import Geometry
+from . import launch
+from .launch import ffi
+
+RING_BYTES = 640 << 10  # of one thread's ring and sums: most of it stays in L2
+ITEMS = 8  # strips that many threads share evenly
+
+
+def register_block(outputs: int, lanes: int) -> tuple[int, int]:
+    """Output channels and vectors of pixels whose sums are kept in registers."""
+    spare = 31 if lanes == 16 else 15
+    blocks = range(1, min(outputs, 12 if lanes == 16 else 6) + 1)
+    # Least padding, then most sums at once, then most uses of a pixel.
+    best = min(blocks, key=lambda k: (-(-outputs // k) * k, -k * min(spare // (k + 1), 8), -k))
+    return best, min(spare // (best + 1), 8)
+
+
+@dataclass(frozen=True)
+class Strips:
+    """How the work of one geometry is cut, and where a thread's pieces lie; sizes in floats."""
+
+    geometry: Geometry
+    lanes: int
+    channels: int  # output channels of a register block
+    vectors: int  # vectors of pixels of a register block
+    groups: int  # groups per item
+    rows: int  # output rows and columns per item
+    columns: int
+    phases: tuple[tuple[int, ...], tuple[int, ...]]  # used residues of rows and of columns
+    packed_rows: int
+    row_length: int
+    channel_stride: int
+    sums_stride: int
+
+    @property
+    def frame(self) -> int:
+        return len(self.phases[0]) * len(self.phases[1]) * self.packed_rows * self.row_length
+
+    @property
+    def each(self) -> int:
+        """Floats of a thread: its input ring, sums and table of terms."""
+        g = self.geometry
+        outputs = self.groups * (g.out_channels // g.groups)
+        rows = -(-(outputs + self.channels) // self.lanes) * self.lanes
+        terms = g.taps * (g.in_channels // g.groups)
+        inputs = self.groups * (g.in_channels // g.groups) * self.channel_stride
+        return inputs + rows * self.sums_stride + launch.lines(2 * terms)
+
+    def fields(self) -> tuple[dict[str, Any], list[Any]]:
+        """An initialiser of fc_pixel_lanes, and the memory that it points to."""
+        residues = ffi.new("int64_t[]", [*self.phases[0], *self.phases[1]])
+        offsets = ffi.new("int64_t[]", _offsets(self))
+        values = {
+            "channels": self.channels,
+            "vectors": self.vectors,
+            "groups": self.groups,
+            "high": self.rows,
+            "wide": self.columns,
+            "row_phases": len(self.phases[0]),
+            "column_phases": len(self.phases[1]),
+            "packed_rows": self.packed_rows,
+            "row_length": self.row_length,
+            "frame": self.frame,
+            "slots": self.geometry.span[0],
+            "channel_stride": self.channel_stride,
+            "sums_stride": self.sums_stride,
+            "residues": residues,
+            "offsets": offsets,
+        }
+        return values, [residues, offsets]
+
+
+def _residues(kernel_size: int, stride: int, dilation: int) -> tuple[int, ...]:
+    return tuple(sorted({k * dilation % stride for k in range(kernel_size)}))
+
+
+def _reach(kernel_size: int, stride: int, dilation: int) -> int:
+    """Packed rows or columns that the last tap lies behind the first."""
+    return (kernel_size - 1) * dilation // stride
+
+
+@functools.lru_cache(maxsize=256)
+def cut(geometry: Geometry, lanes: int) -> Strips:
+    """The cheapest cut of a geometry by a count of cycles; for any number of threads."""
+    g = geometry.lifted()
+    width = -(-g.out_size[2] // -(-g.out_size[2] // 256))
+    groups = sorted({-(-g.groups // n) for n in range(1, g.groups + 1)})
+    heights = range(1, min(g.out_size[1], 64) + 1)
+    cuts = [_strips(g, lanes, n, h, width) for n in groups for h in heights]
+    small = [s for s in cuts if 4 * s.each <= RING_BYTES]
+    if not small:
+        return min(cuts, key=lambda s: s.each)
+    return min(small, key=cycles)
+
+
+def _strips(g: Geometry, lanes: int, groups: int, rows: int, columns: int) -> Strips:
+    channels, vectors = register_block(g.out_channels // g.groups, lanes)
+    axes = list(zip(g.kernel, g.stride, g.dilation, strict=True))
+    phases = _residues(*axes[1]), _residues(*axes[2])
+    row_length = _row_length(g, phases[1], columns)
+    packed_rows = rows + _reach(*axes[1])
+    frame = len(phases[0]) * len(phases[1]) * packed_rows * row_length
+    pixels = -(-((rows - 1) * row_length + columns) // lanes) * lanes
+    # An odd number of lines between channels: they do not compete for the same cache sets.
+    odd = lambda size: (-(-size // launch.LINE) | 1) * launch.LINE  # noqa: E731
+    return Strips(
+        g, lanes, channels, vectors, groups, rows, columns, phases, packed_rows, row_length,
+        odd(g.span[0] * frame + lanes), odd(pixels),
+    )  # fmt: skip
+
+
+def _row_length(g: Geometry, phases: tuple[int, ...], columns: int) -> int:
+    """Columns of a packed row; zeros in front of a row are those behind the row before it too."""
+    w, s, before = g.in_size[2], g.stride[2], g.padding[2][0]
+    full = columns + _reach(g.kernel[2], s, g.dilation[2])
+    if columns < g.out_size[2]:
+        return full
+    starts = [phase - before for phase in phases]
+    zeros = min(max(-(start // s), 0) for start in starts)
+    data = max(min((w - 1 - start) // s + 1, full) for start in starts)
+    return max(full - zeros, data)
+
+
+def cycles(s: Strips) -> float:
+    """Roughly, on one thread; constants measured on 512-bit registers."""
+    g = s.geometry
+    c, k = g.in_channels // g.groups, g.out_channels // g.groups
+    chunks = -(-g.groups // s.groups)
+    items = max(g.batch, 1) * chunks * -(-g.out_size[1] // s.rows) * -(-g.out_size[2] // s.columns)
+    # Vectors of pixels; a short register block does little at once.
+    vectors = -(-((s.rows - 1) * s.row_length + s.columns) // s.lanes)
+    blocks, rest = divmod(vectors, s.vectors)
+    vectors += max(-(-8 // s.channels) - rest, 0) if rest else 0
+    terms = c * g.taps
+    sums = s.groups * -(-k // s.channels) * (s.channels * terms * vectors / 2 + 40 * (blocks + 1))
+    tiles = -(-s.groups * c // s.lanes) * (s.frame // s.row_length) * -(-s.row_length // s.lanes)
+    outputs = -(-s.groups * k // s.lanes) * s.rows * -(-s.columns // s.lanes)
+    frames = min(g.stride[0], g.span[0])
+    transposed = 9 * s.lanes * (frames * tiles + outputs)
+    lines = frames * s.frame * _lines(s.groups * c, g.in_channels)
+    lines += s.rows * s.columns * _lines(s.groups * k, g.out_channels)
+    uneven = -(-items // ITEMS) * ITEMS / items
+    return items * uneven * g.out_size[0] * (sums + transposed + 10 * lines)
+
+
+def _lines(share: int, channels: int) -> float:
+    """Cache lines of a pixel that an item reads or writes, one more where it shares one."""
+    return share / launch.LINE + (share < channels and share % launch.LINE > 0)
+
+
+def pack(weights: np.ndarray, geometry: Geometry, lanes: int) -> np.ndarray:
+    """w (K, C / G, *kernel) -> (G, blocks, KT * KH, C / G, KW, channels of a register block)."""
+    g = geometry
+    k = g.out_channels // g.groups
+    channels, _ = register_block(k, lanes)
+    blocks = -(-k // channels)
+    rows, columns = g.taps // g.kernel[-1], g.kernel[-1]
+    packed = launch.aligned(g.groups, blocks, rows, g.in_channels // g.groups, columns, channels)
+    # (G, K / G, C / G, KT * KH, KW) -> (G, KT * KH, C / G, KW, K / G)
+    w = np.asarray(weights).reshape(g.groups, k, -1, rows, columns).transpose(0, 3, 2, 4, 1)
+    for block in range(blocks):
+        part = w[..., block * channels : (block + 1) * channels]
+        packed[:, block, ..., : part.shape[-1]] = part
+    return packed
+
+
+def _offsets(s: Strips) -> list[int]:
+    """Of every tap of (KH, KW) into a frame."""
+    g, (row_phases, column_phases) = s.geometry, s.phases
+    found = []
+    for i in range(g.kernel[1]):
+        for j in range(g.kernel[2]):
+            row, a = divmod(i * g.dilation[1], g.stride[1])
+            column, e = divmod(j * g.dilation[2], g.stride[2])
+            phase = row_phases.index(a) * len(column_phases) + column_phases.index(e)
+            found.append((phase * s.packed_rows + row) * s.row_length + column)
+    return found
