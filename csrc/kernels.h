@@ -3,12 +3,15 @@
    The including file defines ISA, ISA_NAME, VL and `usable` before. */
 #include "internal.h"
 #include "gemm.h"
+#include "programs.h"
 #include "transpose.h"
+
+#include "hfa.c"
 
 const fc_isa ISA = {
     .name = ISA_NAME,
     .lanes = VL,
     .usable = usable,
     .transpose = transpose,
-    .run = {0},
+    .run = {[FC_HFA] = hfa_run},
 };
