@@ -34,6 +34,9 @@ typedef struct {
     int64_t c_stride, columns;
     const float *bias, *residual;
     int activation;
+    const float *stream;
+    int64_t stream_lines;
+    int stream_kind;
 } gemm_job;
 
 INLINE void gemm_body(int rows, int nv, int ahead, const gemm_job *g, int64_t row) {
@@ -51,6 +54,11 @@ INLINE void gemm_body(int rows, int nv, int ahead, const gemm_job *g, int64_t ro
             if (ahead) {
                 UNROLL
                 for (int j = 0; j < nv * VL; j += 16) prefetch_far(b + panel + j);
+            }
+            if (ahead && k < g->stream_lines) {
+                if (g->stream_kind == 0) prefetch_far(g->stream + k * 16);
+                else if (g->stream_kind == 1) prefetch_write(g->stream + k * 16);
+                else prefetch(g->stream + k * 16);
             }
             UNROLL
             for (int i = 0; i < rows; i++) {

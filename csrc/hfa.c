@@ -25,18 +25,18 @@ typedef struct {
     int64_t image, frame, first, last, left, right, origin, in_left, in_right;
 } hfa_item;
 
-/* c (rows, columns) of one panel, asking meanwhile for `bytes` at `ahead`. */
-static void hfa_multiply(const gemm_job *g, int nv, int64_t rows, const char *ahead, int64_t bytes,
-                         int write) {
-    int64_t block = gemm_block_rows[nv], asked = 0;
+/* c (rows, columns) of one panel, asking meanwhile for `lines` at `ahead`. */
+static void hfa_multiply(gemm_job *g, int nv, int64_t rows, const float *ahead, int64_t lines,
+                         int kind) {
+    int64_t block = gemm_block_rows[nv];
+    int64_t share = rows <= block ? lines : fc_ceil_div(lines, fc_ceil_div(rows, block));
+    g->stream = ahead;
+    g->stream_kind = kind;
     for (int64_t row = 0; row < rows; row += block) {
-        int64_t count = fc_min(block, rows - row), until = bytes * (row + count) / rows;
-        for (; asked < until; asked += 64)
-            if (write)
-                prefetch_write(ahead + asked);
-            else
-                prefetch_far(ahead + asked);
-        gemm_tiles[nv][count - 1](g, row);
+        g->stream_lines = fc_min(share, lines);
+        gemm_tiles[nv][fc_min(block, rows - row) - 1](g, row);
+        g->stream += share * FC_LINE;
+        lines -= share;
     }
 }
 
@@ -94,7 +94,11 @@ static void hfa_temporal(const hfa_item *t, int64_t row, int64_t column, int64_t
                             .c = t->m + point * p->m_point,
                             .c_stride = width,
                             .columns = width};
-            hfa_multiply(&job, nv, pixels, NULL, 0, 0);
+            /* The next pixels of frame `point` of the tile, shared out among the panels. */
+            int64_t next = start + point, part = count * 4 / panels;
+            int known = !direct && segments == 1 && next >= 0 && next < size;
+            const float *ahead = x + next * known * frame_size + place + count + panel * part / 4;
+            hfa_multiply(&job, nv, pixels, ahead, known && (p->tune & 1) ? part / 64 : 0, 0);
         }
         int64_t at = panel * width, frame_step = p->slots * p->columns * p->channels;
         frames_out_job out = {.m = t->m,
@@ -153,7 +157,7 @@ static void hfa_direct(const hfa_item *t, int64_t frame, int64_t top, int64_t co
             .bias = t->a->bias[1],
             .low = activation_floor(p->activation[1]),
             .out = t->d + r * (t->right - t->left) * p->channels,
-            .count = t->right - t->left};
+            .count = t->right - t->left, .tune = p->tune};
         depthwise_row(&job, p->tile, g->stride[2]);
     }
 }
@@ -212,7 +216,18 @@ static void hfa_pointwise(const hfa_item *t, const float *d, int64_t frame, int6
                         .bias = a->bias[2] ? a->bias[2] + at : NULL,
                         .residual = a->residual ? a->residual + place : NULL,
                         .activation = p->activation[2]};
-        hfa_multiply(&job, nv, pixels, NULL, 0, 1);
+        int64_t pn = at / width;
+        const float *ahead = a->y; int64_t bytes = 0; int kind = 0;
+        int64_t fr = frame - t->frame + 1;
+        if (pn < 3 && (p->tune & 8) && fr < p->time.outputs) {
+            int64_t q = row - 1 + pn;
+            if (q >= 0) { ahead = (t->ring + (fr * p->slots + q % p->slots) * p->columns * p->channels); bytes = p->columns * p->channels * 4; }
+        }
+        if (pn == 3 && (p->tune & 4)) {
+            ahead = (a->y + (fr < p->time.outputs ? pixel + g->out_size[1] * g->out_size[2] : pixel - (p->time.outputs - 1) * g->out_size[1] * g->out_size[2] + g->out_size[2]) * k);
+            bytes = pixels * k * 4; kind = 1;
+        }
+        hfa_multiply(&job, nv, pixels, ahead, bytes / 64, kind);
     }
 }
 

@@ -18,6 +18,7 @@ typedef struct {
     const float *weights, *bias;
     float low, *out;
     int64_t count;
+    int64_t tune;
 } window_job;
 
 /* `tile` sums of one vector of channels, every input loaded once. */
@@ -30,9 +31,14 @@ INLINE void window_known(const window_job *t, int tile, int taps, int stride, co
         vec u[8];
         UNROLL
         for (int k = 0; k < taps; k++) u[k] = vload(w + k * channels);
+        if (t->tune & 64) {
+            UNROLL
+            for (int j = (tile-1) * stride + taps; j < (2 * tile - 1) * stride + taps; j++) prefetch(x + j * channels);
+        }
         UNROLL
         for (int j = 0; j < (tile - 1) * stride + taps; j++) {
             vec value = vload(x + j * channels);
+            if (t->tune & 128) __asm__("" : "+v"(value));
             UNROLL
             for (int k = 0; k < taps; k++)
                 if (j >= k && (j - k) % stride == 0 && (j - k) / stride < tile)

@@ -151,6 +151,7 @@ def _chunk(per_pixel: int, vectors: int) -> int:
     """Pixels whose V, of so many elements each, is kept at a time: whole register blocks."""
     block = block_rows(vectors)
     fitting = CHUNK_BYTES // (4 * per_pixel)
+    if int(__import__("os").environ.get("HFA_TUNE", "0")) & 16: fitting = 28
     return max(1, round(min(CHUNK_PIXELS, fitting) / block)) * block
 
 
@@ -222,6 +223,7 @@ def _params(
         **dict(zip(names, accumulate(cut.parts, initial=0), strict=False)),
         "each": sum(cut.parts),
         "activation": [launch.activation_of(e) for e in plan.epilogue],
+        "tune": int(__import__("os").environ.get("HFA_TUNE", "0")),
         "vectors_t": vectors[0],
         "vectors_p": vectors[1],
         "depthwise_at": starts[1],
