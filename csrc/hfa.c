@@ -6,8 +6,8 @@
    rows are multiplied by the pointwise weights on the way to y. Padding belongs to the output of a
    stage, behind its activation: rows outside the image are left out, columns outside are zero in
    the ring. */
-#include "gemm.h"
 #include "hfa_depthwise.h"
+#include "hfa_multiply.h"
 
 typedef struct {
     const fc_hfa *p;
@@ -25,24 +25,47 @@ typedef struct {
     int64_t image, frame, first, last, left, right, origin, in_left, in_right;
 } hfa_item;
 
-/* c (rows, columns) of one panel, asking meanwhile for `lines` at `ahead`. */
-static void hfa_multiply(gemm_job *g, int nv, int64_t rows, const float *ahead, int64_t lines,
-                         int kind) {
-    int64_t block = gemm_block_rows[nv];
-    int64_t share = rows <= block ? lines : fc_ceil_div(lines, fc_ceil_div(rows, block));
-    g->stream = ahead;
-    g->stream_kind = kind;
-    for (int64_t row = 0; row < rows; row += block) {
-        g->stream_lines = fc_min(share, lines);
-        gemm_tiles[nv][fc_min(block, rows - row) - 1](g, row);
-        g->stream += share * FC_LINE;
-        lines -= share;
+/* Loads wait for earlier stores to the same place within a page, and the transform stores a little
+   behind the place that it reads: V begins a quarter page further, in a page of its own. */
+INLINE float *behind(float *v, const float *x) {
+    uintptr_t page = 4096, wanted = ((uintptr_t)x + page / 4) & (page - 64);
+    return v + ((wanted - (uintptr_t)v) & (page - 1)) / sizeof *v;
+}
+
+/* Ask for the input of `pixels` from (row, column) on. */
+static void ask_input(const hfa_item *t, hfa_queue *queue, int64_t row, int64_t column,
+                      int64_t pixels) {
+    const fc_hfa *p = t->p;
+    const fc_geometry *g = &p->temporal;
+    int64_t size = g->in_size[0], high = g->in_size[1], wide = g->in_size[2];
+    int64_t start = t->frame * g->stride[0] - g->pad[0];
+    int64_t reach = (p->time.outputs - 1) * g->stride[0] + g->kernel[0];
+    for (int64_t f = fc_max(0, start); f < fc_min(size, start + reach); f++) {
+        int64_t pixel = ((t->image * size + f) * high + row) * wide + column;
+        queue_add(queue, t->a->x + pixel * g->in_channels, pixels * g->in_channels, 0);
     }
+}
+
+/* Ask for what `count` output rows of a frame of the tile read from the ring and write to y. */
+static void ask_output(const hfa_item *t, hfa_queue *queue, int64_t frame, int64_t top,
+                       int64_t count) {
+    const fc_hfa *p = t->p;
+    const fc_geometry *g = &p->pointwise;
+    int64_t row_size = p->columns * p->channels, k = g->out_channels;
+    int64_t low = top * p->depthwise.stride[1] - p->depthwise.pad[1];
+    int64_t high = low + (count - 1) * p->depthwise.stride[1] + p->window[0];
+    for (int64_t row = fc_max(0, low); row < fc_min(p->depthwise.in_size[1], high); row++)
+        queue_add(queue, t->ring + (frame * p->slots + row % p->slots) * row_size, row_size, 0);
+    int64_t line = (t->image * g->out_size[0] + t->frame + frame) * g->out_size[1] + top;
+    for (int64_t r = 0; r < count; r++)
+        queue_add(queue, t->a->y + ((line + r) * g->out_size[2] + t->left) * k,
+                  (t->right - t->left) * k, 1);
 }
 
 /* Rows of the temporal stage into the ring: `pixels` from (row, column) on, which are contiguous
    in memory. */
-static void hfa_temporal(const hfa_item *t, int64_t row, int64_t column, int64_t pixels) {
+static void hfa_temporal(const hfa_item *t, hfa_queue *queue, int64_t row, int64_t column,
+                         int64_t pixels) {
     const fc_hfa *p = t->p;
     const fc_geometry *g = &p->temporal;
     int64_t channels = g->in_channels, stride = g->stride[0], size = g->in_size[0];
@@ -51,6 +74,7 @@ static void hfa_temporal(const hfa_item *t, int64_t row, int64_t column, int64_t
     int64_t place = (row * g->in_size[2] + column) * channels;
     int64_t start = t->frame * stride - g->pad[0]; /* of the first tap */
     int direct = p->time.outputs == 1;
+    float *v = behind(t->v, x + place);
     int64_t points = direct ? 1 : p->time.alpha, segments = p->time.phases, first_tap = 0;
     int64_t weights = segments; /* per point and panel */
     if (direct) {
@@ -71,7 +95,7 @@ static void hfa_temporal(const hfa_item *t, int64_t row, int64_t column, int64_t
                                 .low = low,
                                 .high = high,
                                 .count = count,
-                                .v = t->v + phase * p->chunk * channels,
+                                .v = v + phase * p->chunk * channels,
                                 .v_point = p->v_point};
             transform_frames(&p->time, &in);
         }
@@ -81,11 +105,12 @@ static void hfa_temporal(const hfa_item *t, int64_t row, int64_t column, int64_t
     const float *u = t->a->weights + first_tap * channels * width;
     const float *bias = t->a->bias[0];
     int64_t panels = fc_ceil_div(g->out_channels, width);
+    queue_share(queue, panels * points * row_blocks(nv, pixels));
     for (int64_t panel = 0; panel < panels; panel++) {
         for (int64_t point = 0; point < points; point++, u += depth) {
             if (!direct)
                 for (int64_t s = 0; s < segments; s++)
-                    t->sources[s] = t->v + point * p->v_point + s * p->chunk * channels;
+                    t->sources[s] = v + point * p->v_point + s * p->chunk * channels;
             gemm_job job = {.a = t->sources,
                             .a_stride = channels,
                             .segments = segments,
@@ -94,11 +119,7 @@ static void hfa_temporal(const hfa_item *t, int64_t row, int64_t column, int64_t
                             .c = t->m + point * p->m_point,
                             .c_stride = width,
                             .columns = width};
-            /* The next pixels of frame `point` of the tile, shared out among the panels. */
-            int64_t next = start + point, part = count * 4 / panels;
-            int known = !direct && segments == 1 && next >= 0 && next < size;
-            const float *ahead = x + next * known * frame_size + place + count + panel * part / 4;
-            hfa_multiply(&job, nv, pixels, ahead, known && (p->tune & 1) ? part / 64 : 0, 0);
+            hfa_multiply(&job, nv, pixels, queue);
         }
         int64_t at = panel * width, frame_step = p->slots * p->columns * p->channels;
         frames_out_job out = {.m = t->m,
@@ -124,42 +145,53 @@ static void hfa_temporal(const hfa_item *t, int64_t row, int64_t column, int64_t
     }
 }
 
-/* Rows `from` to `to` of the temporal stage into the ring. */
-static void hfa_fill(const hfa_item *t, int64_t from, int64_t to) {
+/* Rows `from` to `to` of the temporal stage into the ring, for `count` output rows from `top`. */
+static void hfa_fill(const hfa_item *t, int64_t from, int64_t to, int64_t top, int64_t count) {
     const fc_hfa *p = t->p;
     int64_t width = t->in_right - t->in_left, step = p->temporal.in_size[2];
     int64_t span = width == step ? (to - from) * step : width;
     for (int64_t row = from; row < to; row += span == width ? 1 : to - from)
-        for (int64_t i = 0; i < span; i += p->chunk)
-            hfa_temporal(t, row + i / step, t->in_left + i % step, fc_min(p->chunk, span - i));
+        for (int64_t i = 0; i < span; i += p->chunk) {
+            hfa_queue queue = {.count = 0};
+            int64_t pixels = fc_min(p->chunk, span - i), left = span - i - pixels;
+            if (left)
+                ask_input(t, &queue, row, t->in_left + i + pixels, fc_min(p->chunk, left));
+            else if (span == width && row + 1 < to)
+                ask_input(t, &queue, row + 1, t->in_left, fc_min(p->chunk, span));
+            else
+                ask_output(t, &queue, 0, top, count);
+            hfa_temporal(t, &queue, row + i / step, t->in_left + i % step, pixels);
+        }
 }
 
 /* The depthwise stage of `count` rows of one frame: d (rows, columns, channels). */
 static void hfa_direct(const hfa_item *t, int64_t frame, int64_t top, int64_t count) {
     const fc_hfa *p = t->p;
     const fc_geometry *g = &p->depthwise;
-    int64_t row_size = p->columns * p->channels;
-    for (int64_t r = 0; r < count; r++) {
-        int64_t start = (top + r) * g->stride[1] - g->pad[1];
-        int64_t first = fc_min(fc_max(0, -start), g->kernel[1]);
-        int64_t last = fc_min(g->kernel[1], g->in_size[1] - start);
-        window_job job = {
-            .ring = t->ring + frame * p->slots * row_size,
-            .row_size = row_size,
-            .slots = p->slots,
-            .slot = fc_max(0, start + first) % p->slots,
-            .taps_high = last - first,
-            .taps_wide = g->kernel[2],
-            .step = g->stride[2] * p->channels,
-            .channels = p->channels,
-            .valid = g->out_channels,
-            .weights = t->a->weights + p->depthwise_at + first * g->kernel[2] * p->channels,
-            .bias = t->a->bias[1],
-            .low = activation_floor(p->activation[1]),
-            .out = t->d + r * (t->right - t->left) * p->channels,
-            .count = t->right - t->left, .tune = p->tune};
-        depthwise_row(&job, p->tile, g->stride[2]);
-    }
+    int64_t row_size = p->columns * p->channels, wide = t->right - t->left;
+    const float *ring = t->ring + frame * p->slots * row_size;
+    const float *weights = t->a->weights + p->depthwise_at;
+    window_job job = {.row_size = row_size,
+                      .slots = p->slots,
+                      .taps_wide = g->kernel[2],
+                      .step = g->stride[2] * p->channels,
+                      .channels = p->channels,
+                      .valid = g->out_channels,
+                      .bias = t->a->bias[1],
+                      .low = activation_floor(p->activation[1])};
+    for (int64_t c = 0; c < wide; c += p->tile) /* rows inside: they share what they read */
+        for (int64_t r = 0; r < count; r++) {
+            int64_t start = (top + r) * g->stride[1] - g->pad[1];
+            int64_t first = fc_min(fc_max(0, -start), g->kernel[1]);
+            int64_t last = fc_min(g->kernel[1], g->in_size[1] - start);
+            job.ring = ring + c * job.step;
+            job.slot = fc_max(0, start + first) % p->slots;
+            job.taps_high = last - first;
+            job.weights = weights + first * g->kernel[2] * p->channels;
+            job.out = t->d + (r * wide + c) * p->channels;
+            job.count = wide - c;
+            depthwise_tile(&job, p->tile, g->stride[2]);
+        }
 }
 
 static void hfa_fast(const hfa_item *t, int64_t frame, int64_t top, int64_t count) {
@@ -194,8 +226,8 @@ static void hfa_fast(const hfa_item *t, int64_t frame, int64_t top, int64_t coun
 }
 
 /* `pixels` of d times the pointwise weights, to y from (row, column) of an output frame on. */
-static void hfa_pointwise(const hfa_item *t, const float *d, int64_t frame, int64_t row,
-                          int64_t column, int64_t pixels) {
+static void hfa_pointwise(const hfa_item *t, hfa_queue *queue, const float *d, int64_t frame,
+                          int64_t row, int64_t column, int64_t pixels) {
     const fc_hfa *p = t->p;
     const fc_geometry *g = &p->pointwise;
     const fc_arrays *a = t->a;
@@ -216,37 +248,36 @@ static void hfa_pointwise(const hfa_item *t, const float *d, int64_t frame, int6
                         .bias = a->bias[2] ? a->bias[2] + at : NULL,
                         .residual = a->residual ? a->residual + place : NULL,
                         .activation = p->activation[2]};
-        int64_t pn = at / width;
-        const float *ahead = a->y; int64_t bytes = 0; int kind = 0;
-        int64_t fr = frame - t->frame + 1;
-        if (pn < 3 && (p->tune & 8) && fr < p->time.outputs) {
-            int64_t q = row - 1 + pn;
-            if (q >= 0) { ahead = (t->ring + (fr * p->slots + q % p->slots) * p->columns * p->channels); bytes = p->columns * p->channels * 4; }
-        }
-        if (pn == 3 && (p->tune & 4)) {
-            ahead = (a->y + (fr < p->time.outputs ? pixel + g->out_size[1] * g->out_size[2] : pixel - (p->time.outputs - 1) * g->out_size[1] * g->out_size[2] + g->out_size[2]) * k);
-            bytes = pixels * k * 4; kind = 1;
-        }
-        hfa_multiply(&job, nv, pixels, ahead, bytes / 64, kind);
+        hfa_multiply(&job, nv, pixels, queue);
     }
 }
 
-/* Rows `top` on of all frames of the tile, whose window is in the ring. */
-static void hfa_output(const hfa_item *t, int64_t top, int64_t count) {
+/* Rows `top` on of all frames of the tile, whose window is in the ring; `next` is the first row of
+   the temporal stage that is not. */
+static void hfa_output(const hfa_item *t, int64_t top, int64_t count, int64_t next) {
     const fc_hfa *p = t->p;
-    int64_t frames = fc_min(p->time.outputs, p->pointwise.out_size[0] - t->frame);
-    int64_t wide = t->right - t->left;
-    int merged = wide == p->pointwise.out_size[2];
+    const fc_geometry *g = &p->pointwise;
+    int64_t frames = fc_min(p->time.outputs, g->out_size[0] - t->frame);
+    int64_t wide = t->right - t->left, left = t->in_right - t->in_left;
+    int merged = wide == g->out_size[2], nv = (int)p->vectors_p;
+    int64_t rows = merged ? count : 1; /* multiplied together */
+    int64_t blocks = fc_ceil_div(g->out_channels, nv * VL) * row_blocks(nv, rows * wide);
     for (int64_t f = 0; f < frames; f++) {
+        hfa_queue queue = {.count = 0};
+        if (f + 1 < frames)
+            ask_output(t, &queue, f + 1, top, count);
+        else if (top + count < t->last && next < p->depthwise.in_size[1])
+            ask_input(t, &queue, next, t->in_left, fc_min(p->chunk, left));
+        queue_share(&queue, blocks * fc_ceil_div(count, rows));
         if (p->fast)
             hfa_fast(t, f, top, count);
         else
             hfa_direct(t, f, top, count);
         if (activates_later(p->activation[1]))
             activate_rows(t->d, p->channels, count * wide, p->channels, p->activation[1]);
-        for (int64_t r = 0; r < count; r += merged ? count : 1)
-            hfa_pointwise(t, t->d + r * wide * p->channels, t->frame + f, top + r, t->left,
-                          merged ? count * wide : wide);
+        for (int64_t r = 0; r < count; r += rows)
+            hfa_pointwise(t, &queue, t->d + r * wide * p->channels, t->frame + f, top + r, t->left,
+                          rows * wide);
     }
 }
 
@@ -302,9 +333,9 @@ static void hfa_one(void *context, int64_t item, int thread) {
         int64_t high = low + (tiles - 1) * m1 * g->stride[1] + p->window[0];
         done = fc_max(done, low);
         high = fc_min(high, height);
-        if (done < high && t.in_left < t.in_right) hfa_fill(&t, done, high);
+        if (done < high && t.in_left < t.in_right) hfa_fill(&t, done, high, top, count);
         done = fc_max(done, high);
-        hfa_output(&t, top, count);
+        hfa_output(&t, top, count, done);
     }
 }
 

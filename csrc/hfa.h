@@ -32,5 +32,4 @@ typedef struct {
     int64_t rows, band, tile, window[2], channels, slots, columns, chunk, v_point, m_point;
     int64_t tables, ring, v, m, d, spare, each;
     double row_cost[2];
-    int64_t tune;
 } fc_hfa;

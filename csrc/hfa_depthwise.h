@@ -4,7 +4,15 @@
 
 #include "hfa_transforms.h"
 
-/* A row of outputs, computed in whole tiles of columns.
+/* A value for several uses: loading it again for each would cost more. */
+INLINE vec in_register(vec v) {
+#if defined(__x86_64__)
+    __asm__("" : "+v"(v));
+#endif
+    return v;
+}
+
+/* Some outputs of a row, computed as a whole tile of columns, of which `count` are written.
 
    ring      one frame (slots, columns, channels), from the column of the first output's first tap
    slot      of the row under the first of `taps_high` taps; the next row is in the next slot
@@ -18,77 +26,67 @@ typedef struct {
     const float *weights, *bias;
     float low, *out;
     int64_t count;
-    int64_t tune;
 } window_job;
 
-/* `tile` sums of one vector of channels, every input loaded once. */
-INLINE void window_known(const window_job *t, int tile, int taps, int stride, const float *ring,
-                         int64_t c, vec *sum) {
-    const float *w = t->weights + c;
-    int64_t channels = t->channels, slot = t->slot;
-    for (int64_t i = 0; i < t->taps_high; i++, w += taps * channels) {
-        const float *x = ring + slot * t->row_size + c;
-        vec u[8];
+/* One row of taps for `tile` sums, every input loaded once. */
+INLINE void window_known(int tile, int taps, int stride, const float *x, const float *w,
+                         int64_t channels, vec *sum) {
+    vec u[8];
+    UNROLL
+    for (int k = 0; k < taps; k++) u[k] = vload(w + k * channels);
+    UNROLL
+    for (int j = 0; j < (tile - 1) * stride + taps; j++, x += channels) {
+        vec value = in_register(vload(x));
         UNROLL
-        for (int k = 0; k < taps; k++) u[k] = vload(w + k * channels);
-        if (t->tune & 64) {
-            UNROLL
-            for (int j = (tile-1) * stride + taps; j < (2 * tile - 1) * stride + taps; j++) prefetch(x + j * channels);
-        }
-        UNROLL
-        for (int j = 0; j < (tile - 1) * stride + taps; j++) {
-            vec value = vload(x + j * channels);
-            if (t->tune & 128) __asm__("" : "+v"(value));
-            UNROLL
-            for (int k = 0; k < taps; k++)
-                if (j >= k && (j - k) % stride == 0 && (j - k) / stride < tile)
-                    sum[(j - k) / stride] = value * u[k] + sum[(j - k) / stride];
-        }
-        if (++slot == t->slots) slot = 0;
+        for (int k = taps - 1; k >= 0; k--)
+            if (j >= k && (j - k) % stride == 0 && (j - k) / stride < tile)
+                sum[(j - k) / stride] = value * u[k] + sum[(j - k) / stride];
     }
 }
 
 /* The same for any number of taps and any stride. */
-INLINE void window_any(const window_job *t, int tile, const float *ring, int64_t c, vec *sum) {
-    const float *w = t->weights + c;
-    int64_t channels = t->channels, slot = t->slot;
-    for (int64_t i = 0; i < t->taps_high; i++) {
-        const float *x = ring + slot * t->row_size + c;
-        for (int64_t k = 0; k < t->taps_wide; k++, w += channels, x += channels) {
-            vec u = vload(w);
-            UNROLL
-            for (int j = 0; j < tile; j++) sum[j] = vload(x + j * t->step) * u + sum[j];
-        }
-        if (++slot == t->slots) slot = 0;
+INLINE void window_any(int tile, int64_t taps, int64_t step, const float *x, const float *w,
+                       int64_t channels, vec *sum) {
+    for (int64_t k = 0; k < taps; k++, w += channels, x += channels) {
+        vec u = vload(w);
+        UNROLL
+        for (int j = 0; j < tile; j++) sum[j] = vload(x + j * step) * u + sum[j];
     }
 }
 
-INLINE void window_row(const window_job *t, int tile, int taps, int stride) {
-    vec low = vset(t->low);
-    const float *ring = t->ring;
-    float *out = t->out;
-    for (int64_t column = 0; column < t->count; column += tile) {
-        for (int64_t c = 0; c < t->channels; c += VL) {
-            vec sum[8];
-            vec shift = t->bias ? vload_n(t->bias + c, vcount(t->valid, c)) : vzero();
-            UNROLL
-            for (int j = 0; j < tile; j++) sum[j] = vzero();
+INLINE void window_tile(const window_job *t, int tile, int taps, int stride) {
+    const window_job g = *t; /* known not to change with what is stored */
+    vec low = vset(g.low);
+    int64_t weights_row = g.taps_wide * g.channels;
+    for (int64_t c = 0; c < g.channels; c += VL) {
+        const float *w = g.weights + c;
+        vec sum[8], shift = g.bias ? vload_n(g.bias + c, vcount(g.valid, c)) : vzero();
+        UNROLL
+        for (int j = 0; j < tile; j++) sum[j] = shift;
+        int64_t slot = g.slot;
+        for (int64_t i = 0; i < g.taps_high; i++, w += weights_row) {
+            const float *x = g.ring + slot * g.row_size + c;
             if (taps)
-                window_known(t, tile, taps, stride, ring, c, sum);
+                window_known(tile, taps, stride, x, w, g.channels, sum);
             else
-                window_any(t, tile, ring, c, sum);
+                window_any(tile, g.taps_wide, g.step, x, w, g.channels, sum);
+            if (++slot == g.slots) slot = 0;
+        }
+        float *out = g.out + c;
+        if (g.count >= tile) {
+            UNROLL
+            for (int j = 0; j < tile; j++) vstore(out + j * g.channels, vmax(sum[j], low));
+        } else {
             UNROLL
             for (int j = 0; j < tile; j++)
-                vstore(out + j * t->channels + c, vmax(sum[j] + shift, low));
+                if (j < g.count) vstore(out + j * g.channels, vmax(sum[j], low));
         }
-        ring += tile * t->step;
-        out += tile * t->channels;
     }
 }
 
 #define WINDOW(tile, taps, stride)                                                             \
     static void window_##tile##_##taps##_##stride(const window_job *t) {                       \
-        window_row(t, tile, taps, stride);                                                     \
+        window_tile(t, tile, taps, stride);                                                    \
     }
 #define WINDOWS(tile) WINDOW(tile, 0, 0) WINDOW(tile, 3, 1) WINDOW(tile, 3, 2) WINDOW(tile, 5, 1)
 WINDOWS(4) WINDOWS(7) WINDOWS(8)
@@ -99,7 +97,7 @@ WINDOWS(4) WINDOWS(7) WINDOWS(8)
      : taps == 5 && stride == 1 ? window_##tile##_5_1(t)                                       \
                                 : window_##tile##_0_0(t))
 
-INLINE void depthwise_row(const window_job *t, int64_t tile, int64_t stride) {
+INLINE void depthwise_tile(const window_job *t, int64_t tile, int64_t stride) {
     if (tile == 8)
         WINDOW_CALL(8, t, t->taps_wide, stride);
     else if (tile == 7)
@@ -110,21 +108,25 @@ INLINE void depthwise_row(const window_job *t, int64_t tile, int64_t stride) {
 
 /* A tile of F(m, r) in height and width, one vector of channels.
 
-   rows, inside  each of the first tile row's input rows, from its first column, NULL for zeros
-   weights   [point of (phase, phase, high, wide) * channels], from the vector's first channel
-   spare     points of the tile three times
-   y         [row * wide->outputs * VL + column * VL], in spare */
+   ring       of one frame, from the column of the tile's first tap
+   first_row  of the image under the tile's first tap; rows outside the image are zeros
+   weights    [point of (phase, phase, high, wide) * channels], from the vector's first channel
+   spare      points of the tile three times */
 typedef struct {
     const fc_hfa_axis *high, *wide;
     int64_t stride_high, stride_wide, channels;
     const float *ring;
-    int64_t row_size, slots, first_row, height; /* image row of the tile's first, of the image */
+    int64_t row_size, slots, first_row, height;
     const float *weights;
     float *spare;
 } fast_tile;
 
-/* Leaves the sums at the end of spare and returns them. */
-static float *depthwise_fast_tile(const fast_tile *t) {
+INLINE const float *fast_row(const fast_tile *t, int64_t row) {
+    return row < 0 || row >= t->height ? NULL : t->ring + row % t->slots * t->row_size;
+}
+
+/* The sums of outputs, [row * outputs of a row + column] in vectors, somewhere in spare. */
+static const float *fast_any(const fast_tile *t) {
     int64_t high = t->high->alpha, wide = t->wide->alpha, points = high * wide;
     float *lines = t->spare, *v = lines + points * VL, *sums = v + points * VL;
     const float *w = t->weights;
@@ -132,14 +134,12 @@ static float *depthwise_fast_tile(const fast_tile *t) {
     for (int64_t down = 0; down < t->high->phases; down++)
         for (int64_t across = 0; across < t->wide->phases; across++) {
             for (int64_t i = 0; i < high; i++) {
-                int64_t row = t->first_row + i * t->stride_high + down;
+                const float *x = fast_row(t, t->first_row + i * t->stride_high + down);
                 float *line = lines + i * wide * VL;
-                if (row < 0 || row >= t->height) {
-                    for (int64_t j = 0; j < wide; j++) vstore(line + j * VL, vzero());
-                    continue;
-                }
-                const float *x = t->ring + row % t->slots * t->row_size + across * t->channels;
-                transform_line(t->wide, x, t->stride_wide * t->channels, line, VL);
+                for (int64_t j = 0; !x && j < wide; j++) vstore(line + j * VL, vzero());
+                if (x)
+                    transform_line(t->wide, x + across * t->channels, t->stride_wide * t->channels,
+                                   line, VL);
             }
             for (int64_t j = 0; j < wide; j++)
                 transform_line(t->high, lines + j * VL, wide * VL, v + j * VL, wide * VL);
@@ -151,6 +151,52 @@ static float *depthwise_fast_tile(const fast_tile *t) {
     for (int64_t i = 0; i < t->high->outputs; i++)
         inverse_line(t->wide, lines + i * wide * VL, VL, v + i * t->wide->outputs * VL, VL);
     return v;
+}
+
+/* The same with stride 1 and one known program in height and width. */
+INLINE const float *fast_square(void (*in)(const vec *, vec *), void (*out)(const vec *, vec *),
+                                int alpha, int outputs, const fast_tile *t) {
+    vec rows[8][8], z[8][8];
+    UNROLL
+    for (int i = 0; i < alpha; i++) {
+        const float *x = fast_row(t, t->first_row + i);
+        vec line[8];
+        UNROLL
+        for (int j = 0; j < alpha; j++) line[j] = x ? vload(x + j * t->channels) : vzero();
+        in(line, rows[i]);
+    }
+    UNROLL
+    for (int j = 0; j < alpha; j++) {
+        vec column[8], v[8];
+        UNROLL
+        for (int i = 0; i < alpha; i++) column[i] = rows[i][j];
+        in(column, v);
+        UNROLL
+        for (int i = 0; i < alpha; i++) v[i] *= vload(t->weights + (i * alpha + j) * t->channels);
+        out(v, column);
+        UNROLL
+        for (int i = 0; i < outputs; i++) z[i][j] = column[i];
+    }
+    UNROLL
+    for (int i = 0; i < outputs; i++) {
+        vec line[8];
+        out(z[i], line);
+        UNROLL
+        for (int j = 0; j < outputs; j++) vstore(t->spare + (i * outputs + j) * VL, line[j]);
+    }
+    return t->spare;
+}
+
+static const float *fast_2_3(const fast_tile *t) { return fast_square(bt_2_3, at_2_3, 4, 2, t); }
+static const float *fast_4_3(const fast_tile *t) { return fast_square(bt_4_3, at_4_3, 6, 4, t); }
+
+INLINE const float *depthwise_fast_tile(const fast_tile *t) {
+    int plain = t->stride_high == 1 && t->stride_wide == 1;
+    if (plain && t->high->program == PROGRAM_2_3 && t->wide->program == PROGRAM_2_3)
+        return fast_2_3(t);
+    if (plain && t->high->program == PROGRAM_4_3 && t->wide->program == PROGRAM_4_3)
+        return fast_4_3(t);
+    return fast_any(t);
 }
 
 #endif

@@ -20,29 +20,31 @@ typedef struct {
 
 INLINE void frames_in(void (*program)(const vec *, vec *), int alpha, const frames_in_job *t) {
     static const float zeros[VL] = {0};
+    const frames_in_job g = *t; /* known not to change with what is stored */
     const float *from[MOST_POINTS];
     int64_t moves[MOST_POINTS];
     UNROLL
     for (int f = 0; f < alpha; f++) {
-        int inside = f >= t->low && f < t->high;
-        from[f] = inside ? t->x + t->first + f * t->frame_step : zeros;
-        moves[f] = -inside;
+        int inside = f >= g.low && f < g.high;
+        from[f] = inside ? g.x + g.first + f * g.frame_step : zeros;
+        moves[f] = inside ? VL : 0;
     }
-    int64_t i = 0;
     vec in[MOST_POINTS], out[MOST_POINTS];
-    for (; i + VL <= t->count; i += VL) {
+    int64_t i = 0;
+    for (; i + VL <= g.count; i += VL) {
         UNROLL
-        for (int f = 0; f < alpha; f++) in[f] = vload(from[f] + (i & moves[f]));
+        for (int f = 0; f < alpha; f++, from[f - 1] += moves[f - 1]) in[f] = vload(from[f]);
         program(in, out);
+        float *v = g.v + i;
         UNROLL
-        for (int p = 0; p < alpha; p++) vstore(t->v + p * t->v_point + i, out[p]);
+        for (int p = 0; p < alpha; p++, v += g.v_point) vstore(v, out[p]);
     }
-    if (i == t->count) return;
+    if (i == g.count) return;
     UNROLL
-    for (int f = 0; f < alpha; f++) in[f] = vload_n(from[f] + (i & moves[f]), t->count - i);
+    for (int f = 0; f < alpha; f++) in[f] = vload_n(from[f], g.count - i);
     program(in, out);
     UNROLL
-    for (int p = 0; p < alpha; p++) vstore(t->v + p * t->v_point + i, out[p]);
+    for (int p = 0; p < alpha; p++) vstore(g.v + p * g.v_point + i, out[p]);
 }
 
 /* z = max(AT M + bias, low) along time for a few vectors of channels of a span of pixels.
@@ -60,19 +62,22 @@ typedef struct {
 
 INLINE void frames_out(void (*program)(const vec *, vec *), int alpha, int outputs,
                        const frames_out_job *t) {
-    for (int64_t j = 0; j < t->vectors * VL; j += VL) {
-        vec shift = t->bias ? vload_n(t->bias + j, vcount(t->channels, j)) : vzero();
-        vec low = vset(t->low);
-        const float *m = t->m + j;
-        float *z = t->z + j;
-        for (int64_t i = 0; i < t->pixels; i++, m += t->m_pixel, z += t->z_pixel) {
+    const frames_out_job g = *t; /* known not to change with what is stored */
+    vec low = vset(g.low);
+    for (int64_t j = 0; j < g.vectors * VL; j += VL) {
+        vec shift = g.bias ? vload_n(g.bias + j, vcount(g.channels, j)) : vzero();
+        const float *pixel = g.m + j;
+        float *to = g.z + j;
+        for (int64_t i = 0; i < g.pixels; i++, pixel += g.m_pixel, to += g.z_pixel) {
             vec in[MOST_POINTS], out[MOST_POINTS];
+            const float *m = pixel;
             UNROLL
-            for (int p = 0; p < alpha; p++) in[p] = vload(m + p * t->m_point);
+            for (int p = 0; p < alpha; p++, m += g.m_point) in[p] = vload(m);
             program(in, out);
+            float *z = to;
             UNROLL
-            for (int f = 0; f < outputs; f++)
-                vstore(z + f * t->frame_step, vmax(out[f] + shift, low));
+            for (int f = 0; f < outputs; f++, z += g.frame_step)
+                vstore(z, vmax(out[f] + shift, low));
         }
     }
 }
@@ -154,6 +159,8 @@ EACH_PROGRAM(AXIS_FUNCTIONS)
 
 #define AXIS_ENTRY(m, r, alpha)                                                                \
     {frames_in_##m##_##r, frames_out_##m##_##r, line_in_##m##_##r, line_out_##m##_##r},
+#define PROGRAM_INDEX(m, r, alpha) PROGRAM_##m##_##r,
+enum { EACH_PROGRAM(PROGRAM_INDEX) };
 static const axis_programs hfa_programs[] = {EACH_PROGRAM(AXIS_ENTRY)};
 
 /* One input or one output sample: the sum is the result. */

@@ -24,10 +24,11 @@ CONFIGS: tuple[dict[str, int], ...] = ({},)
 
 # F(m, r) with compiled programs, in their order: csrc/build_ffi.py.
 TILES, TAPS = range(1, 7), range(2, 8)
-STEP_PIXELS = 56  # of an output row step: rows are taken together until there are about as many
-CHUNK_PIXELS = 56  # of the temporal stage at a time
+STEP_PIXELS = 224  # of output rows per step
+CHUNK_PIXELS = 28  # of the temporal stage at a time
 CHUNK_BYTES = 1 << 20  # of V
-RING_BYTES = 2 << 20  # beyond, columns are cut into bands
+PAGE, POINT_SHIFT = 1024, 64  # V of neighbouring points lies at other places of a page
+RING_BYTES, BAND_BYTES = 1 << 20, 4 << 20  # fewer rows, then bands of columns, beyond
 LEAST_BAND = 28
 DIRECT_TILES = (8, 7, 4)  # columns that the direct depthwise stage computes together
 
@@ -122,21 +123,23 @@ def _cut(plan: Plan, lanes: int) -> _Cut:
     def ring_rows(rows: int) -> int:
         return (rows - high.t.m) * down + window[0]
 
-    rows = _whole(min(-(-STEP_PIXELS // out_w), out_h), high.t.m)
+    most_rows = _whole(min(-(-STEP_PIXELS // out_w), out_h), high.t.m)
+    fitting = RING_BYTES // (time.t.m * ring_columns(out_w) * channels * 4)  # rows of the ring
+    rows = high.t.m * max(1, min(most_rows, (fitting - window[0]) // down + high.t.m) // high.t.m)
     per_column = time.t.m * ring_rows(rows) * channels * 4
-    most = max(LEAST_BAND, RING_BYTES // (per_column * across))
+    most = max(LEAST_BAND, BAND_BYTES // (per_column * across))
     band = out_w if out_w <= most else _whole(-(-out_w // -(-out_w // most)), step)
     band = min(band, out_w)
     vectors = panel_vectors(temporal.out_channels)
     width, depth = vectors * lanes, time.phases * temporal.in_channels
     points = time.t.alpha if time.t.m > 1 else 1
     chunk = _chunk(points * depth, vectors)
-    v_point = launch.lines(chunk * depth + lanes) + launch.LINE
+    v_point = -(-(chunk * depth + lanes) // PAGE) * PAGE + POINT_SHIFT
     m_point = launch.lines(chunk * width) + launch.LINE
     parts = (
         2 * max(temporal.kernel[0], time.phases),
         time.t.m * ring_rows(rows) * ring_columns(band) * channels,
-        points * v_point if time.t.m > 1 else 0,
+        points * v_point + PAGE if time.t.m > 1 else 0,
         points * m_point,
         (rows * band + tile) * channels,
         3 * high.t.alpha * wide.t.alpha * lanes if fast else 0,
@@ -151,7 +154,6 @@ def _chunk(per_pixel: int, vectors: int) -> int:
     """Pixels whose V, of so many elements each, is kept at a time: whole register blocks."""
     block = block_rows(vectors)
     fitting = CHUNK_BYTES // (4 * per_pixel)
-    if int(__import__("os").environ.get("HFA_TUNE", "0")) & 16: fitting = 28
     return max(1, round(min(CHUNK_PIXELS, fitting) / block)) * block
 
 
@@ -223,7 +225,6 @@ def _params(
         **dict(zip(names, accumulate(cut.parts, initial=0), strict=False)),
         "each": sum(cut.parts),
         "activation": [launch.activation_of(e) for e in plan.epilogue],
-        "tune": int(__import__("os").environ.get("HFA_TUNE", "0")),
         "vectors_t": vectors[0],
         "vectors_p": vectors[1],
         "depthwise_at": starts[1],
