@@ -25,7 +25,8 @@ enum { MAX_ROWS = 14 };
    a         first row of each segment; a_stride between rows
    b         one panel, segment after segment
    columns   valid ones of the panel, at least 1; nothing else of c, bias and residual is touched
-   residual  or NULL; with c's stride, and may be c itself, which makes the product accumulate */
+   residual  or NULL; with c's stride, and may be c itself, which makes the product accumulate
+   ahead     what is wanted next, so many cache lines, asked for by full register blocks */
 typedef struct {
     const float *const *a;
     int64_t a_stride, segments, depth;
@@ -34,6 +35,9 @@ typedef struct {
     int64_t c_stride, columns;
     const float *bias, *residual;
     int activation;
+    const float *ahead;
+    int64_t ahead_lines;
+    int ahead_write;
 } gemm_job;
 
 /* The end of a register block: bias, residual, activation, and the way to memory. */
@@ -78,6 +82,8 @@ INLINE void gemm_body(int rows, int nv, int ahead, const gemm_job *g, int64_t ro
     for (int i = 0; i < rows * nv; i++) sum[i] = vzero();
     const float *b = g->b;
     int64_t stride = g->a_stride, depth = g->depth, panel = g->segments * depth * nv * VL;
+    const float *next = g->ahead, *end = ahead ? next + g->ahead_lines * FC_LINE : next;
+    int write = g->ahead_write;
     for (int64_t s = 0; s < g->segments; s++) {
         const float *a = g->a[s] + row * stride;
         for (int64_t k = 0; k < depth; k++, b += nv * VL) {
@@ -87,6 +93,13 @@ INLINE void gemm_body(int rows, int nv, int ahead, const gemm_job *g, int64_t ro
             if (ahead) {
                 UNROLL
                 for (int j = 0; j < nv * VL; j += 16) prefetch_far(b + panel + j);
+            }
+            if (next != end) {
+                if (write)
+                    prefetch_write(next);
+                else
+                    prefetch_far(next);
+                next += FC_LINE;
             }
             UNROLL
             for (int i = 0; i < rows; i++) {

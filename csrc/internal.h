@@ -7,6 +7,7 @@
 
 #include "fastconv.h"
 #include "grouped.h"
+#include "hfa.h"
 #include "families.h"
 
 #define FC_LINE 16 /* floats of a cache line */

@@ -3,13 +3,16 @@
    The including file defines ISA, ISA_NAME, VL and `usable` before. */
 #include "internal.h"
 #include "gemm.h"
+#include "programs.h"
 #include "transpose.h"
 #include "grouped.c"
+
+#include "hfa.c"
 
 const fc_isa ISA = {
     .name = ISA_NAME,
     .lanes = VL,
     .usable = usable,
     .transpose = transpose,
-    .run = {[FC_GROUPED] = grouped_run},
+    .run = {[FC_GROUPED] = grouped_run, [FC_HFA] = hfa_run},
 };

@@ -15,9 +15,11 @@ from fastconv.geometry import SeparableGeometry
 from fastconv.plan import CHANNELS_LAST, LAYOUTS, Plan
 from fastconv.reference import direct
 from fastconv.transforms import amplification, transform
+from pages import BetweenForbiddenPages, needs_mprotect
 
 backends = pytest.mark.parametrize("backend", cases.CPU_BACKENDS)
 fast = pytest.mark.parametrize("backend", [b for b in cases.CPU_BACKENDS if b != "reference"])
+in_c = pytest.mark.parametrize("backend", [b for b in cases.CPU_BACKENDS if b == "c"])
 
 RELU = Epilogue(bias=True, activation="relu")
 ALL = (RELU, Epilogue(True, "silu"), Epilogue(True, "hardswish", True))
@@ -119,6 +121,7 @@ def blocks(draw, sizes=tuple(SIZES), strides=((1, 1, 1),)):
 def test_is_three_convolutions(backend, sized, epilogues, layout, dtype):
     geometry, outputs = sized
     inner = (Epilogue(e.bias, e.activation) for e in epilogues[:2])
+    dtype = "float32" if backend == "c" else dtype
     plan = plan_for(backend, geometry, outputs, dtype, layout, (*inner, epilogues[2]))
     arrays = arrays_for(plan)
     assert_block_close(cases.execute(plan, *arrays), plan, *arrays)
@@ -157,6 +160,10 @@ def test_direct_stages_are_exact_on_integers(backend):
     """F(1, r) everywhere: a fast backend must give the very same numbers."""
     geometry = block((5, 18, 7), (4, 9, 23), (3, 3, 3))
 
+    assert_exact_on_integers(backend, geometry)
+
+
+def assert_exact_on_integers(backend, geometry) -> None:
     def small(shape, seed, dtype):
         return np.random.default_rng(seed).integers(-2, 3, shape).astype(dtype)
 
@@ -165,6 +172,27 @@ def test_direct_stages_are_exact_on_integers(backend):
     arrays = arrays_for(plan, small)
     want = cases.execute(cases.on(plan, "reference"), *arrays)
     assert np.array_equal(cases.execute(plan, *arrays), want)
+
+
+# Each is a path of its own: tiles of 4, 7 and 8 columns, windows with and without code of their
+# own, strides that skip rows and columns, images smaller than window and padding.
+@in_c
+@pytest.mark.parametrize(
+    ("size", "taps", "stride", "padding"),
+    [
+        ((3, 5, 4), (3, 3, 3), 1, "same"),
+        ((3, 5, 14), (3, 3, 3), 1, "same"),
+        ((3, 5, 16), (3, 3, 3), 1, "same"),
+        ((4, 9, 17), (3, 3, 3), (1, 2, 2), "same"),
+        ((9, 9, 17), (2, 5, 5), (3, 1, 1), "same"),
+        ((5, 11, 19), (1, 2, 7), (2, 3, 2), ((0, 0), (1, 0), (0, 2))),
+        ((5, 11, 19), (3, 1, 1), (1, 3, 4), 0),
+        ((2, 3, 2), (3, 3, 3), (1, 1, 1), ((2, 0), (0, 4), (5, 3))),
+        ((1, 1, 1), (1, 1, 1), (2, 2, 2), ((3, 2), (4, 4), (6, 0))),
+    ],
+)
+def test_direct_windows_are_exact_on_integers(backend, size, taps, stride, padding):
+    assert_exact_on_integers(backend, block((5, 18, 37), size, taps, padding, 2, stride))
 
 
 @backends
@@ -240,3 +268,87 @@ def test_every_activation_in_every_stage(backend, activation):
     plan = plan_for(backend, geometry, (4, 1), epilogues=(each, each, last))
     arrays = arrays_for(plan)
     assert_block_close(cases.execute(plan, *arrays), plan, *arrays)
+
+
+@in_c
+@pytest.mark.parametrize(
+    "transforms",
+    [
+        (transform(8, 3), transform(1, 3), transform(1, 3)),
+        (transform(4, 3, (0, 1, -1, 2, -2)), transform(3, 3), transform(2, 3, (0, 1, 2))),
+        (transform(2, 3), transform(7, 3), transform(1, 3)),
+    ],
+    ids=("eight_frames", "other_points", "seven_rows"),
+)
+def test_transforms_without_compiled_programs(backend, transforms):
+    geometry = block((5, 18, 7), (9, 13, 12), (3, 3, 3))
+    plan = Plan("hfa", backend, geometry, "float32", ALL, transforms=transforms)
+    arrays = arrays_for(plan)
+    assert_block_close(cases.execute(plan, *arrays), plan, *arrays)
+
+
+@in_c
+@pytest.mark.parametrize("outputs", [(1, 1), (4, 1), (4, 2)])
+def test_bits_do_not_depend_on_threads_or_bands(backend, outputs, monkeypatch):
+    """More threads take strips of rows, wide images are cut into bands of columns."""
+    from fastconv.c_kernels import hfa, launch
+
+    plan = plan_for(backend, block((6, 18, 7), (5, 11, 29), (3, 3, 3)), outputs)
+    arrays = arrays_for(plan)
+    monkeypatch.setattr(launch, "threads", lambda: 1)
+    whole = cases.execute(plan, *arrays)
+    try:
+        for count, limit in ((2, 1 << 20), (3, 1 << 20), (7, 1 << 20), (1, 1), (2, 1)):
+            monkeypatch.setattr(launch, "threads", lambda count=count: count)
+            for name in ("RING_BYTES", "BAND_BYTES", "LEAST_BAND"):
+                monkeypatch.setattr(hfa, name, limit)
+            hfa._cut.cache_clear()
+            assert np.array_equal(cases.execute(plan, *arrays), whole), (count, limit)
+    finally:
+        hfa._cut.cache_clear()
+
+
+@in_c
+@pytest.mark.parametrize("stride", [(1, 2, 2), (2, 1, 3)])
+@pytest.mark.parametrize("outputs", [(1, 1), (4, 1), (3, 2)])
+def test_bands_of_strided_blocks(backend, outputs, stride, monkeypatch):
+    from fastconv.c_kernels import hfa
+
+    padding = ((1, 1), (2, 0), (3, 5))
+    geometry = block((3, 18, 7), (9, 11, 40), (3, 3, 3), padding, 1, stride)
+    plan = plan_for(backend, geometry, outputs)
+    arrays = arrays_for(plan)
+    for name in ("RING_BYTES", "BAND_BYTES", "LEAST_BAND"):
+        monkeypatch.setattr(hfa, name, 1)
+    hfa._cut.cache_clear()
+    try:
+        assert_block_close(cases.execute(plan, *arrays), plan, *arrays)
+    finally:
+        hfa._cut.cache_clear()
+
+
+@needs_mprotect
+@fast
+@pytest.mark.parametrize("at_end", [True, False], ids=("at_end", "at_start"))
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("outputs", [(1, 1), (4, 1), (2, 2)])
+def test_nothing_outside_the_arrays_is_touched(backend, outputs, layout, at_end):
+    if backend == "torch":
+        pytest.skip("PyTorch's own kernels")
+    geometry = block((19, 35, 21), (5, 9, 11), (3, 3, 3))
+    plan = plan_for(backend, geometry, outputs, layout=layout)
+    x, weights, biases, residual = arrays_for(plan)
+    x_at, residual_at, y = (
+        BetweenForbiddenPages(shape, layout=layout, at_end=at_end).array
+        for shape in (geometry.x_shape, geometry.y_shape, geometry.y_shape)
+    )
+    x_at[...], residual_at[...] = x, residual
+    biases_at = tuple(BetweenForbiddenPages(b.shape, at_end=at_end).array for b in biases)
+    for to, b in zip(biases_at, biases, strict=True):
+        to[...] = b
+    module = kernel("hfa", backend)
+    with cases.isa_of(plan):
+        packed = module.prepack(weights, plan)
+        workspace = BetweenForbiddenPages((module.workspace_size(plan),), at_end=at_end).array
+    module.run(plan, x_at, packed, biases_at, residual_at, y, workspace)
+    assert_block_close(y, plan, x, weights, biases, residual)
