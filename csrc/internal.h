@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #include "fastconv.h"
+#include "winograd.h"
 #include "families.h"
 
 #define FC_LINE 16 /* floats of a cache line */
