@@ -16,8 +16,12 @@ typedef struct {
 static void input_tiles(const fc_winograd *p, const fc_arrays *a, int64_t first, int64_t count,
                         float *v, float *lines) {
     tile_place place = place_of(p, first);
-    for (int64_t i = 0; i < count; i++, next_place(p, &place))
-        input_tile(p, a->x, &place, v + i * p->v_row, lines);
+    if (passes_of(p) == 1) clear_vectors(lines, p->at_once);
+    for (int64_t i = 0, alike; i < count; i += alike) {
+        alike = alike_from(p, &place, count - i);
+        input_tile(p, a->x, &place, alike, v + i * p->v_row, lines);
+        skip_places(p, &place, alike);
+    }
 }
 
 /* M of one point and one panel, for `count` tiles, while memory of the lists is asked for. */
@@ -30,9 +34,10 @@ static void multiply_point(const fc_winograd *p, const fc_arrays *a, int64_t poi
     g.ahead = g.b + p->depth * width;
     g.c = m + panel * p->m_panel + point * p->m_point;
     for (int64_t row = 0; row < count; row += block) {
-        take_lines(read, p->depth, g.b, &g.read);
-        take_lines(written, p->depth, g.b, &g.written);
-        product_tiles[p->vectors][fc_min(block, count - row) - 1](&g);
+        int64_t rows = fc_min(block, count - row);
+        take_lines(read, p->depth, g.a + p->v_point, fc_ceil_div(rows * p->v_row, FC_LINE), &g.read);
+        take_lines(written, p->depth, g.c + p->m_point, fc_ceil_div(rows * width, FC_LINE), &g.written);
+        product_tiles[p->vectors][rows - 1](&g);
         g.a += block * p->v_row;
         g.c += block * width;
         g.ahead = g.b;
@@ -43,27 +48,48 @@ static void output_tiles(const fc_winograd *p, const fc_arrays *a, int64_t first
                          int64_t panel, const float *m, float *lines) {
     tile_place place = place_of(p, first);
     m += panel * p->m_panel;
-    for (int64_t i = 0; i < count; i++, next_place(p, &place))
-        output_tile(p, a, &place, panel, m + i * p->vectors * VL, lines);
+    for (int64_t i = 0, alike; i < count; i += alike) {
+        alike = alike_from(p, &place, count - i);
+        output_tile(p, a, &place, alike, panel, m + i * p->vectors * VL, lines);
+        skip_places(p, &place, alike);
+    }
+}
+
+static void fused_block(const fc_winograd *p, const fc_arrays *a, int64_t first, int64_t end,
+                        float *lines) {
+    float *v = lines + p->lines, *m = v + p->v_size;
+    int64_t width = p->vectors * VL, count = fc_min(p->block, end - first), next = first + count;
+    line_list read, written;
+    input_tiles(p, a, first, count, v, lines);
+    for (int64_t panel = 0; panel < p->panels; panel++) {
+        int64_t reads = panel == p->panels - 1 ? fc_min(p->block, end - next) : 0;
+        list_lines(&read, p, a->x, 0, 1, next, reads);
+        const float *y = a->y + panel * width;
+        int64_t columns = fc_min(width, p->out_channels - panel * width);
+        int64_t aside = (uintptr_t)y / sizeof *y % FC_LINE;
+        list_lines(&written, p, y - aside, 1, fc_ceil_div(aside + columns, FC_LINE), first, count);
+        for (int64_t point = 0; point < p->points; point++)
+            multiply_point(p, a, point, panel, count, v, m, &read, &written);
+        output_tiles(p, a, first, count, panel, m, lines);
+    }
+}
+
+/* Neighbouring blocks go to one thread, which asks for memory of the next block during products:
+   many of them at first, and fewer towards the end. Returns the first block of an item. */
+static int64_t first_block(const winograd_round *r, int64_t item) {
+    int64_t blocks = fc_ceil_div(r->p->tiles, r->p->block), first = 0;
+    for (; item > 0 && first < blocks; item--)
+        first += fc_max((blocks - first) / (2 * r->a->threads), 1);
+    return first;
 }
 
 static void fused_item(void *context, int64_t item, int thread) {
     const winograd_round *r = context;
     const fc_winograd *p = r->p;
     float *lines = r->a->workspace + thread * (p->lines + p->v_size + p->m_size);
-    float *v = lines + p->lines, *m = v + p->v_size;
-    int64_t first = item * p->block, count = fc_min(p->block, p->tiles - first);
-    int64_t next = first + count, after = fc_min(p->block, p->tiles - next);
-    int64_t parts = fc_ceil_div(p->vectors * VL, FC_LINE);
-    line_list read, written;
-    input_tiles(p, r->a, first, count, v, lines);
-    for (int64_t panel = 0; panel < p->panels; panel++) {
-        list_lines(&read, p, r->a->x, 0, 1, next, panel == p->panels - 1 ? after : 0);
-        list_lines(&written, p, r->a->y + panel * p->vectors * VL, 1, parts, first, count);
-        for (int64_t point = 0; point < p->points; point++)
-            multiply_point(p, r->a, point, panel, count, v, m, &read, &written);
-        output_tiles(p, r->a, first, count, panel, m, lines);
-    }
+    int64_t first = first_block(r, item) * p->block;
+    int64_t end = fc_min(first_block(r, item + 1) * p->block, p->tiles);
+    for (; first < end; first += p->block) fused_block(p, r->a, first, end, lines);
 }
 
 static void input_item(void *context, int64_t item, int thread) {
@@ -96,7 +122,9 @@ static void winograd_run(const void *params, const fc_arrays *a) {
     const fc_winograd *p = params;
     winograd_round r = {p, a, 0, p->tiles};
     if (!p->phased) {
-        fc_parallel_for(a->threads, fc_ceil_div(p->tiles, p->block), fused_item, &r);
+        int64_t items = 0, blocks = fc_ceil_div(p->tiles, p->block);
+        while (first_block(&r, items) < blocks) items++;
+        fc_parallel_for(a->threads, items, fused_item, &r);
         return;
     }
     for (; r.first < p->tiles; r.first += p->block) {

@@ -41,8 +41,7 @@ static int next_segment(line_list *list) {
             some &= list->low[a] < list->high[a];
         }
         list->tiles -= length;
-        list->place.at[fast] += length - 1;
-        next_place(p, &list->place);
+        skip_places(p, &list->place, length);
         if (some) return 1;
     }
     return 0;
@@ -89,13 +88,19 @@ static void list_lines(line_list *list, const fc_winograd *p, const float *array
     if (next_segment(list)) next_run(list);
 }
 
-/* Take the next lines, at most `most`; `hot` can be asked for where there are none. */
-INLINE void take_lines(line_list *list, int64_t most, const float *hot, line_run *taken) {
+/* Take the next lines, at most `most`, or `count` consecutive ones at `other` if there are none. */
+INLINE void take_lines(line_list *list, int64_t most, const float *other, int64_t others,
+                       line_run *taken) {
     int64_t count = fc_min(list->left, most);
-    taken->at = count ? list->at : hot;
+    if (!count) {
+        taken->at = other;
+        taken->step = FC_LINE;
+        taken->left = others;
+        return;
+    }
+    taken->at = list->at;
     taken->step = list->step;
     taken->left = count;
-    if (!count) return;
     list->at += count * list->step;
     list->left -= count;
     if (!list->left) next_run(list);

@@ -74,12 +74,54 @@ INLINE void output_lines(int m, int alpha, line_program program, int last, const
     }
 }
 
+/* The only pass of tiles with one axis: `outer` tiles side by side, `inner` vectors of each.
+
+   in, in_outer  where value k of a line begins, and how far it goes from tile to tile: so that what
+                 lies outside can come from a line of zeros
+   lanes         valid ones of each vector */
+typedef struct {
+    const float *in[16];
+    int64_t in_outer[16], out_step, out_outer, outer, inner, lanes;
+    float *out;
+} column_job;
+
+typedef void (*column_pass)(const column_job *);
+
+INLINE void column_body(int alpha, line_program program, int whole, const column_job *j) {
+    const int64_t outer = j->outer, inner = j->inner, step = j->out_step, n = j->lanes;
+    for (int64_t o = 0; o < outer; o++) {
+        const float *in[16];
+        float *out = j->out + o * j->out_outer;
+        UNROLL
+        for (int k = 0; k < alpha; k++) in[k] = j->in[k] + o * j->in_outer[k];
+        for (int64_t i = 0; i < inner; i++, out += VL) {
+            vec d[16], v[16];
+            UNROLL
+            for (int k = 0; k < alpha; k++)
+                d[k] = whole ? vload(in[k] + i * VL) : vload_n(in[k] + i * VL, n);
+            program(d, v);
+            UNROLL
+            for (int k = 0; k < alpha; k++) vstore(out + k * step, v[k]);
+        }
+    }
+}
+
+INLINE void input_columns(int alpha, line_program program, const column_job *j) {
+    if (j->lanes == VL)
+        column_body(alpha, program, 1, j);
+    else
+        column_body(alpha, program, 0, j);
+}
+
 #define LINE_PASSES(m, r, alpha)                                                               \
     static void read_##m##_##r(const line_job *j) {                                             \
         input_lines(alpha, bt_##m##_##r, 1, j);                                              \
     }                                                                                          \
     static void input_##m##_##r(const line_job *j) {                                            \
         input_lines(alpha, bt_##m##_##r, 0, j);                                              \
+    }                                                                                          \
+    static void column_##m##_##r(const column_job *j) {                                         \
+        input_columns(alpha, bt_##m##_##r, j);                                                  \
     }                                                                                          \
     static void output_##m##_##r(const line_job *j) {                                           \
         output_lines(m, alpha, at_##m##_##r, 0, j);                                             \
@@ -94,11 +136,13 @@ EACH_PROGRAM(LINE_PASSES)
 enum { MOST_TAPS = 7, MOST_OUTPUTS = 6 };
 #define READ_PASS(m, r, alpha) [r][m] = read_##m##_##r,
 #define INPUT_PASS(m, r, alpha) [r][m] = input_##m##_##r,
+#define COLUMN_PASS(m, r, alpha) [r][m] = column_##m##_##r,
 #define OUTPUT_PASS(m, r, alpha) [r][m] = output_##m##_##r,
 #define WRITE_PASS(m, r, alpha) [r][m] = write_##m##_##r,
 typedef line_pass line_passes[MOST_TAPS + 1][MOST_OUTPUTS + 1];
 static const line_passes read_passes = {EACH_PROGRAM(READ_PASS)};
 static const line_passes input_passes = {EACH_PROGRAM(INPUT_PASS)};
+static const column_pass column_passes[MOST_TAPS + 1][MOST_OUTPUTS + 1] = {EACH_PROGRAM(COLUMN_PASS)};
 static const line_passes output_passes = {EACH_PROGRAM(OUTPUT_PASS)};
 static const line_passes write_passes = {EACH_PROGRAM(WRITE_PASS)};
 

@@ -4,6 +4,9 @@
    for one line per row of U: of x for the next block, or of y for the coming output transform. */
 #ifndef FC_WINOGRAD_PRODUCTS_H
 #define FC_WINOGRAD_PRODUCTS_H
+#ifndef READ_FETCH
+#define READ_FETCH prefetch
+#endif
 
 #include "gemm.h"
 
@@ -39,7 +42,7 @@ INLINE void product_body(int rows, int nv, const product_job *g) {
         for (int j = 0; j < nv; j++) w[j] = vload(b + j * VL);
         UNROLL
         for (int j = 0; j < nv * VL; j += FC_LINE) prefetch_far(b + ahead + j);
-        prefetch_far(read);
+        READ_FETCH(read);
         prefetch_write(written);
         read += read_step & -(int64_t)(k < reads); /* no branch */
         written += written_step & -(int64_t)(k < writes);

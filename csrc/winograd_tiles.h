@@ -24,7 +24,9 @@ INLINE tile_place place_of(const fc_winograd *p, int64_t tile) {
     return place;
 }
 
-INLINE void next_place(const fc_winograd *p, tile_place *place) {
+/* Go `count` tiles on, not beyond the end of a row. */
+INLINE void skip_places(const fc_winograd *p, tile_place *place, int64_t count) {
+    place->at[p->order[0]] += count - 1;
     for (int k = 0; k < 3; k++) {
         int a = p->order[k];
         if (++place->at[a] < p->axis[a].tiles) return;
@@ -88,6 +90,21 @@ static void gather_rows(const fc_winograd *p, const float *x, const tile_window 
             }
 }
 
+/* V = BT d of `count` tiles side by side that have one axis, for `vectors` vectors of channels, n
+   valid lanes each. */
+static void input_columns_of(const fc_winograd *p, const float *x, const tile_window *w,
+                             int64_t count, int64_t vectors, int64_t n, float *v,
+                             const float *zeros) {
+    column_job j = {.out = v, .out_step = p->v_point, .out_outer = p->v_row, .lanes = n};
+    j.outer = count, j.inner = vectors;
+    for (int64_t k = 0; k < p->axis[2].alpha; k++) {
+        int inside = !w->empty && k >= w->low[2] && k < w->high[2];
+        j.in[k] = inside ? x + (w->origin + k * w->step[2]) : zeros;
+        j.in_outer[k] = inside ? w->step[p->order[0]] : 0;
+    }
+    column_passes[p->axis[2].r][p->axis[2].m](&j);
+}
+
 /* V = BT d of one tile: `vectors` vectors of channels, n valid lanes each, to v + point * v_point. */
 static void input_vectors(const fc_winograd *p, const float *x, const tile_window *w,
                           int64_t vectors, int64_t n, float *v, float *lines) {
@@ -120,13 +137,6 @@ static void input_vectors(const fc_winograd *p, const float *x, const tile_windo
         j.fresh = 0;
     }
     line_pass read = pass_of(read_passes, &p->axis[2]);
-    if (passes == 1) {
-        j.out = v, j.out_step = p->v_point;
-        j.outer = 1, j.inner = vectors;
-        j.in_inner = in_vector, j.out_inner = VL;
-        read(&j);
-        return;
-    }
     j.out = lines + corner, j.out_step = VL;
     j.inner = high[1] - low[1], j.in_inner = in1, j.out_inner = a2 * VL;
     if (passes == 2)
@@ -166,12 +176,11 @@ static void input_vectors(const fc_winograd *p, const float *x, const tile_windo
     pass_of(input_passes, &p->axis[0])(&t);
 }
 
-/* V of one tile for all phases and channels: v[point * v_point + phase * channels + channel]. Lanes
-   behind the last channel become zeros; what follows there is written later. */
-static void input_tile(const fc_winograd *p, const float *x, const tile_place *place, float *v,
-                       float *lines) {
-    int64_t phase[3];
-    int64_t whole = p->channels / VL * VL;
+/* V of `count` tiles side by side for all phases and channels, v[point * v_point + phase * channels
+   + channel]. Lanes behind the last channel become zeros; what follows there is written later. */
+static void input_tile(const fc_winograd *p, const float *x, const tile_place *place,
+                       int64_t count, float *v, float *lines) {
+    int64_t phase[3], whole = p->channels / VL * VL;
     for (phase[0] = 0; phase[0] < p->axis[0].phases; phase[0]++)
         for (phase[1] = 0; phase[1] < p->axis[1].phases; phase[1]++)
             for (phase[2] = 0; phase[2] < p->axis[2].phases; phase[2]++, v += p->channels) {
@@ -179,10 +188,21 @@ static void input_tile(const fc_winograd *p, const float *x, const tile_place *p
                 for (int64_t c = 0; c < p->channels;) {
                     int64_t vectors = c < whole ? fc_min(p->at_once, (whole - c) / VL) : 1;
                     int64_t n = c < whole ? VL : p->channels - whole;
-                    input_vectors(p, x + c, &w, vectors, n, v + c, lines);
+                    if (passes_of(p) == 1)
+                        input_columns_of(p, x + c, &w, count, vectors, n, v + c, lines);
+                    else
+                        input_vectors(p, x + c, &w, vectors, n, v + c, lines);
                     c += vectors * VL;
                 }
             }
+}
+
+/* How many tiles from a place on, `most` at most, are the same but for a step along the axis where
+   tile numbers run fastest: those of one axis, which is another, in a row without an edge. */
+INLINE int64_t alike_from(const fc_winograd *p, const tile_place *place, int64_t most) {
+    const fc_winograd_axis *fast = &p->axis[p->order[0]];
+    if (passes_of(p) > 1 || fast->alpha > 1 || fast->stride > 1 || fast->pad > 0) return 1;
+    return fc_max(fc_min(most, fc_min(fast->tiles, fast->in_size) - place->at[p->order[0]]), 1);
 }
 
 /* Where a tile of y is: of `size` valid outputs per axis, at y and residual. */
@@ -217,12 +237,14 @@ static void finish_lines(const fc_winograd *p, const tile_target *t, const float
             }
 }
 
-/* y of one tile from m[point * m_point]: `vectors` vectors of channels, n valid lanes each. */
-static void output_vectors(const fc_winograd *p, const tile_target *t, const float *m,
-                           int64_t vectors, int64_t n, const float *bias, const float *residual,
-                           float *y, float *lines) {
+/* y of one tile from m[point * m_point]: `vectors` vectors of channels, n valid lanes each. If the
+   tile has one axis and is whole, of `count` tiles side by side. */
+static void output_vectors(const fc_winograd *p, const tile_target *t, int64_t count,
+                           const float *m, int64_t vectors, int64_t n, const float *bias,
+                           const float *residual, float *y, float *lines) {
     int64_t a1 = p->axis[1].alpha, a2 = p->axis[2].alpha, area = a1 * a2;
     int64_t volume = p->axis[0].m * area, whole = t->size[2] == p->axis[2].m && n == VL;
+    int64_t aside = p->axis[p->order[0]].out_step;
     int passes = passes_of(p);
     line_job j = {.in = m, .in_inner = VL, .out = lines, .out_inner = volume * VL, .inner = vectors};
     if (passes == 3) {
@@ -243,8 +265,11 @@ static void output_vectors(const fc_winograd *p, const tile_target *t, const flo
     }
     line_job w = {.in = lines, .in_step = VL, .in_outer = a2 * VL, .in_inner = volume * VL};
     w.outer = t->size[1], w.inner = vectors;
-    if (passes == 1) w.in = m, w.in_step = p->m_point, w.in_inner = VL;
     w.out_step = t->step[2], w.out_outer = t->step[1], w.out_inner = VL;
+    if (passes == 1) {
+        w.in = m, w.in_step = p->m_point, w.in_inner = VL, w.in_outer = p->vectors * VL;
+        w.outer = count, w.out_outer = aside;
+    }
     w.bias = bias, w.bias_inner = VL;
     w.low = activation_floor(p->activation);
     if (!whole) w.out_step = VL, w.out_outer = a2 * VL, w.out_inner = volume * VL;
@@ -258,24 +283,29 @@ static void output_vectors(const fc_winograd *p, const tile_target *t, const flo
             finish_lines(p, t, lines + k * volume * VL, n, bias ? bias + k * VL : NULL,
                          residual ? residual + k * VL : NULL, y + k * VL);
     if (activates_later(p->activation))
-        for (int64_t i0 = 0; i0 < t->size[0]; i0++)
-            for (int64_t i1 = 0; i1 < t->size[1]; i1++)
-                activate_rows(y + i0 * t->step[0] + i1 * t->step[1], t->step[2], t->size[2],
-                              (vectors - 1) * VL + n, p->activation);
+        for (int64_t tile = 0; tile < count; tile++, y += aside)
+            for (int64_t i0 = 0; i0 < t->size[0]; i0++)
+                for (int64_t i1 = 0; i1 < t->size[1]; i1++)
+                    activate_rows(y + i0 * t->step[0] + i1 * t->step[1], t->step[2], t->size[2],
+                                  (vectors - 1) * VL + n, p->activation);
 }
 
-/* y of one tile and one panel of channels, m[point * m_point + column]. */
+/* y of `count` tiles side by side and one panel of channels, m[point * m_point + column]. */
 static void output_tile(const fc_winograd *p, const fc_arrays *a, const tile_place *place,
-                        int64_t panel, const float *m, float *lines) {
-    int64_t first = panel * p->vectors * VL;
+                        int64_t count, int64_t panel, const float *m, float *lines) {
+    int64_t first = panel * p->vectors * VL, aside = p->axis[p->order[0]].out_step;
     int64_t columns = fc_min(p->out_channels - first, p->vectors * VL);
     tile_target t = target_of(p, place);
-    int64_t at = t.at + first;
     for (int64_t c = 0; c < columns;) {
-        int64_t vectors = fc_max((columns - c) / VL, 1);
-        output_vectors(p, &t, m + c, vectors, vcount(columns, c),
-                       a->bias[0] ? a->bias[0] + first + c : NULL,
-                       a->residual ? a->residual + at + c : NULL, a->y + at + c, lines);
+        int64_t vectors = fc_max((columns - c) / VL, 1), n = vcount(columns, c);
+        const float *bias = a->bias[0] ? a->bias[0] + first + c : NULL;
+        /* Tiles that are not whole are put together one by one. */
+        int64_t each = n == VL && t.size[2] == p->axis[2].m ? count : 1;
+        for (int64_t i = 0; i < count; i += each) {
+            int64_t at = t.at + first + c + i * aside;
+            output_vectors(p, &t, each, m + c + i * p->vectors * VL, vectors, n, bias,
+                           a->residual ? a->residual + at : NULL, a->y + at, lines);
+        }
         c += vectors * VL;
     }
 }
