@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #include "fastconv.h"
+#include "winograd.h"
 #include "grouped.h"
 #include "hfa.h"
 #include "families.h"

@@ -5,8 +5,8 @@
 #include "gemm.h"
 #include "programs.h"
 #include "transpose.h"
+#include "winograd.c"
 #include "grouped.c"
-
 #include "hfa.c"
 
 const fc_isa ISA = {
@@ -14,5 +14,5 @@ const fc_isa ISA = {
     .lanes = VL,
     .usable = usable,
     .transpose = transpose,
-    .run = {[FC_GROUPED] = grouped_run, [FC_HFA] = hfa_run},
+    .run = {[FC_WINOGRAD] = winograd_run, [FC_GROUPED] = grouped_run, [FC_HFA] = hfa_run},
 };

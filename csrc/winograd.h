@@ -1,0 +1,30 @@
+/* Minimal filtering F(m, r) on each axis (csrc/winograd.c): what Python works out once per plan.
+
+   The axes are renumbered, those with a single point per tile first, so that axis 2 always has a
+   transform. Phases are those of the polyphase split of a strided axis. */
+typedef struct {
+    int64_t m, r, alpha;      /* of F(m, r); alpha is 1 for an axis without a transform */
+    int64_t tiles, divisor;   /* place of a tile on the axis: number / divisor % tiles */
+    int64_t in_size, out_size, in_step, out_step;
+    int64_t stride, pad, phases;
+} fc_winograd_axis;
+
+/* V is [point][tile][v_row] with v_point between points, M [point][tile][vectors * VL] with m_point,
+   weights U are [panel][point][depth][vectors * VL] and readable for a point more.
+
+   order     the axes from the one along which tile numbers run fastest
+   block     tiles that go through the stages together; of a round of all threads if phased
+   group     tiles per item of the transforms of a round
+   depth     phases * channels, the rows of U
+   panels    of output channels, each `vectors` wide
+   m_panel   between the M of two panels; 0 where they take turns
+   at_once   vectors of channels that go through the passes of the input transform together
+   lines     floats for the lines of a tile between two passes, per thread
+   v_size, m_size  floats of V and of M, of a thread or of all threads if phased */
+typedef struct {
+    fc_winograd_axis axis[3];
+    int32_t order[3], phased, activation, vectors;
+    int64_t channels, out_channels, depth, points, panels;
+    int64_t in_image, out_image, tiles, block, group;
+    int64_t at_once, v_row, v_point, m_point, m_panel, v_size, m_size, lines;
+} fc_winograd;

@@ -1,0 +1,313 @@
+/* One tile of Winograd convolution in, one tile out: passes over its axes, some channels at a time.
+
+   The lines of a tile between two passes are [vector][i0][i1][i2] in a buffer that stays in the
+   first-level cache. Axes of one point take no pass, so there are one to three. */
+#ifndef FC_WINOGRAD_TILES_H
+#define FC_WINOGRAD_TILES_H
+
+#include "winograd_lines.h"
+
+/* The image of a tile and its place on each axis. */
+typedef struct {
+    int64_t image, at[3];
+} tile_place;
+
+INLINE tile_place place_of(const fc_winograd *p, int64_t tile) {
+    tile_place place;
+    int64_t per_image = 1;
+    for (int a = 0; a < 3; a++) {
+        const fc_winograd_axis *axis = &p->axis[a];
+        place.at[a] = tile / axis->divisor % axis->tiles;
+        per_image *= axis->tiles;
+    }
+    place.image = tile / per_image;
+    return place;
+}
+
+/* Go `count` tiles on, not beyond the end of a row. */
+INLINE void skip_places(const fc_winograd *p, tile_place *place, int64_t count) {
+    place->at[p->order[0]] += count - 1;
+    for (int k = 0; k < 3; k++) {
+        int a = p->order[k];
+        if (++place->at[a] < p->axis[a].tiles) return;
+        place->at[a] = 0;
+    }
+    place->image++;
+}
+
+INLINE int64_t between(int64_t v, int64_t low, int64_t high) { return fc_max(low, fc_min(v, high)); }
+
+/* The inputs of a tile under one phase: those with low <= index < high on every axis are in x, the
+   others are zeros. `rest` is where x ends, beyond the tile or not; origin that of index 0. */
+typedef struct {
+    int64_t low[3], high[3], rest[3], step[3], origin;
+    int empty;
+} tile_window;
+
+INLINE tile_window window_of(const fc_winograd *p, const tile_place *place, const int64_t *phase) {
+    tile_window w = {.origin = place->image * p->in_image};
+    for (int a = 0; a < 3; a++) {
+        const fc_winograd_axis *axis = &p->axis[a];
+        int64_t s = axis->stride, first = place->at[a] * axis->m * s + phase[a] - axis->pad;
+        int64_t before = first < 0 ? -first : 0, after = fc_max(axis->in_size - first, 0);
+        w.low[a] = fc_min(s == 1 ? before : fc_ceil_div(before, s), axis->alpha);
+        w.rest[a] = s == 1 ? after : fc_ceil_div(after, s);
+        w.high[a] = fc_min(w.rest[a], axis->alpha);
+        w.step[a] = axis->in_step * s;
+        w.origin += first * axis->in_step;
+        w.empty |= w.low[a] >= w.high[a];
+    }
+    return w;
+}
+
+INLINE int passes_of(const fc_winograd *p) {
+    return 1 + (p->axis[1].alpha > 1) + (p->axis[0].alpha > 1);
+}
+
+INLINE line_pass pass_of(const line_passes table, const fc_winograd_axis *axis) {
+    return table[axis->r][axis->m];
+}
+
+INLINE void clear_vectors(float *at, int64_t count) {
+    for (int64_t i = 0; i < count; i++) vstore(at + i * VL, vzero());
+}
+
+/* Rows of x with zeros where there is nothing, n channels of each value, as lines. */
+static void gather_rows(const fc_winograd *p, const float *x, const tile_window *w, int64_t vectors,
+                        int64_t n, int64_t next, int64_t fresh, float *lines) {
+    int64_t a1 = p->axis[1].alpha, a2 = p->axis[2].alpha, volume = p->axis[0].alpha * a1 * a2;
+    for (int64_t k = 0; k < vectors; k++)
+        for (int64_t i0 = w->low[0]; i0 < w->high[0]; i0++)
+            for (int64_t i1 = w->low[1]; i1 < w->high[1]; i1++) {
+                float *to = lines + (k * volume + (i0 * a1 + i1) * a2) * VL;
+                int64_t row = w->origin + i0 * w->step[0] + i1 * w->step[1] + k * VL;
+                for (int64_t i2 = 0; i2 < a2; i2++) {
+                    int inside = i2 >= w->low[2] && i2 < w->high[2];
+                    vec value = inside ? vload_n(x + row + i2 * w->step[2], n) : vzero();
+                    vstore(to + i2 * VL, value);
+                }
+                for (int64_t k2 = 0; k2 < fresh; k2++) prefetch(x + row + next + k2 * w->step[2]);
+            }
+}
+
+/* V = BT d of `count` tiles side by side that have one axis, for `vectors` vectors of channels, n
+   valid lanes each. */
+static void input_columns_of(const fc_winograd *p, const float *x, const tile_window *w,
+                             int64_t count, int64_t vectors, int64_t n, float *v,
+                             const float *zeros) {
+    column_job j = {.out = v, .out_step = p->v_point, .out_outer = p->v_row, .lanes = n};
+    j.outer = count, j.inner = vectors;
+    for (int64_t k = 0; k < p->axis[2].alpha; k++) {
+        int inside = !w->empty && k >= w->low[2] && k < w->high[2];
+        j.in[k] = inside ? x + (w->origin + k * w->step[2]) : zeros;
+        j.in_outer[k] = inside ? w->step[p->order[0]] : 0;
+    }
+    column_passes[p->axis[2].r][p->axis[2].m](&j);
+}
+
+/* V = BT d of one tile: `vectors` vectors of channels, n valid lanes each, to v + point * v_point. */
+static void input_vectors(const fc_winograd *p, const float *x, const tile_window *w,
+                          int64_t vectors, int64_t n, float *v, float *lines) {
+    int64_t a0 = p->axis[0].alpha, a1 = p->axis[1].alpha, a2 = p->axis[2].alpha;
+    int64_t area = a1 * a2, volume = a0 * area;
+    if (w->empty) {
+        for (int64_t i = 0; i < volume; i++) clear_vectors(v + i * p->v_point, vectors);
+        return;
+    }
+    const int64_t *low = w->low, *high = w->high;
+    int passes = passes_of(p), ahead = p->order[0], direct = !low[2] && high[2] == a2 && n == VL;
+    line_job j = {.in_step = VL};
+    /* The next tile begins m further along one axis; on the last one, what it shares is here. */
+    if (ahead == 2) {
+        j.next = a2 * w->step[2];
+        j.fresh = between(w->rest[2] - a2, 0, p->axis[2].m);
+    } else if (w->rest[ahead] > 1) {
+        j.next = w->step[ahead];
+        j.fresh = high[2];
+    }
+    int64_t in0 = area * VL, in1 = a2 * VL, in_vector = volume * VL;
+    int64_t corner = low[0] * in0 + low[1] * in1;
+    if (direct) {
+        in0 = w->step[0], in1 = w->step[1], in_vector = VL;
+        j.in = x + (w->origin + low[0] * in0 + low[1] * in1);
+        j.in_step = w->step[2];
+    } else {
+        gather_rows(p, x, w, vectors, n, j.next, j.fresh, lines);
+        j.in = lines + corner;
+        j.fresh = 0;
+    }
+    line_pass read = pass_of(read_passes, &p->axis[2]);
+    j.out = lines + corner, j.out_step = VL;
+    j.inner = high[1] - low[1], j.in_inner = in1, j.out_inner = a2 * VL;
+    if (passes == 2)
+        j.outer = vectors, j.in_outer = in_vector, j.out_outer = volume * VL;
+    else
+        j.outer = high[0] - low[0], j.in_outer = in0, j.out_outer = area * VL;
+    for (int64_t k = 0; k < (passes == 3 ? vectors : 1); k++) {
+        read(&j);
+        j.in += in_vector, j.out += volume * VL;
+    }
+    for (int64_t k = 0; k < vectors; k++)
+        for (int64_t i0 = low[0]; i0 < high[0]; i0++) {
+            float *plane = lines + (k * volume + i0 * area) * VL;
+            clear_vectors(plane, low[1] * a2);
+            clear_vectors(plane + high[1] * a2 * VL, (a1 - high[1]) * a2);
+        }
+    line_job h = {.in = lines, .out = v, .in_step = a2 * VL, .out_step = a2 * p->v_point};
+    if (passes == 2) {
+        h.outer = a2, h.in_outer = VL, h.out_outer = p->v_point;
+        h.inner = vectors, h.in_inner = volume * VL, h.out_inner = VL;
+        pass_of(input_passes, &p->axis[1])(&h);
+        return;
+    }
+    h.out_step = a2 * VL;
+    h.outer = high[0] - low[0], h.in_outer = h.out_outer = area * VL;
+    h.inner = a2, h.in_inner = h.out_inner = VL;
+    for (int64_t k = 0; k < vectors; k++) {
+        float *planes = lines + k * volume * VL;
+        clear_vectors(planes, low[0] * area);
+        clear_vectors(planes + high[0] * area * VL, (a0 - high[0]) * area);
+        h.in = h.out = planes + low[0] * area * VL;
+        pass_of(input_passes, &p->axis[1])(&h);
+    }
+    line_job t = {.in = lines, .out = v, .in_step = area * VL, .out_step = area * p->v_point};
+    t.outer = area, t.in_outer = VL, t.out_outer = p->v_point;
+    t.inner = vectors, t.in_inner = volume * VL, t.out_inner = VL;
+    pass_of(input_passes, &p->axis[0])(&t);
+}
+
+/* V of `count` tiles side by side for all phases and channels, v[point * v_point + phase * channels
+   + channel]. Lanes behind the last channel become zeros; what follows there is written later. */
+static void input_tile(const fc_winograd *p, const float *x, const tile_place *place,
+                       int64_t count, float *v, float *lines) {
+    int64_t phase[3], whole = p->channels / VL * VL;
+    for (phase[0] = 0; phase[0] < p->axis[0].phases; phase[0]++)
+        for (phase[1] = 0; phase[1] < p->axis[1].phases; phase[1]++)
+            for (phase[2] = 0; phase[2] < p->axis[2].phases; phase[2]++, v += p->channels) {
+                tile_window w = window_of(p, place, phase);
+                for (int64_t c = 0; c < p->channels;) {
+                    int64_t vectors = c < whole ? fc_min(p->at_once, (whole - c) / VL) : 1;
+                    int64_t n = c < whole ? VL : p->channels - whole;
+                    if (passes_of(p) == 1)
+                        input_columns_of(p, x + c, &w, count, vectors, n, v + c, lines);
+                    else
+                        input_vectors(p, x + c, &w, vectors, n, v + c, lines);
+                    c += vectors * VL;
+                }
+            }
+}
+
+/* How many tiles from a place on, `most` at most, are the same but for a step along the axis where
+   tile numbers run fastest: those of one axis, which is another, in a row without an edge. */
+INLINE int64_t alike_from(const fc_winograd *p, const tile_place *place, int64_t most) {
+    const fc_winograd_axis *fast = &p->axis[p->order[0]];
+    if (passes_of(p) > 1 || fast->alpha > 1 || fast->stride > 1 || fast->pad > 0) return 1;
+    return fc_max(fc_min(most, fc_min(fast->tiles, fast->in_size) - place->at[p->order[0]]), 1);
+}
+
+/* Where a tile of y is: of `size` valid outputs per axis, at y and residual. */
+typedef struct {
+    int64_t size[3], step[3], at;
+} tile_target;
+
+INLINE tile_target target_of(const fc_winograd *p, const tile_place *place) {
+    tile_target t = {.at = place->image * p->out_image};
+    for (int a = 0; a < 3; a++) {
+        const fc_winograd_axis *axis = &p->axis[a];
+        int64_t first = place->at[a] * axis->m;
+        t.size[a] = fc_min(axis->m, axis->out_size - first);
+        t.step[a] = axis->out_step;
+        t.at += first * axis->out_step;
+    }
+    return t;
+}
+
+/* y = low bound of (lines + bias + residual) where lines hold n valid lanes of a partial tile. */
+static void finish_lines(const fc_winograd *p, const tile_target *t, const float *lines, int64_t n,
+                         const float *bias, const float *residual, float *y) {
+    int64_t a1 = p->axis[1].alpha, a2 = p->axis[2].alpha;
+    vec shift = bias ? vload_n(bias, n) : vzero(), low = vset(activation_floor(p->activation));
+    for (int64_t i0 = 0; i0 < t->size[0]; i0++)
+        for (int64_t i1 = 0; i1 < t->size[1]; i1++)
+            for (int64_t i2 = 0; i2 < t->size[2]; i2++) {
+                int64_t at = i0 * t->step[0] + i1 * t->step[1] + i2 * t->step[2];
+                vec z = vload(lines + ((i0 * a1 + i1) * a2 + i2) * VL) + shift;
+                if (residual) z += vload_n(residual + at, n);
+                vstore_n(y + at, vmax(z, low), n);
+            }
+}
+
+/* y of one tile from m[point * m_point]: `vectors` vectors of channels, n valid lanes each. If the
+   tile has one axis and is whole, of `count` tiles side by side. */
+static void output_vectors(const fc_winograd *p, const tile_target *t, int64_t count,
+                           const float *m, int64_t vectors, int64_t n, const float *bias,
+                           const float *residual, float *y, float *lines) {
+    int64_t a1 = p->axis[1].alpha, a2 = p->axis[2].alpha, area = a1 * a2;
+    int64_t volume = p->axis[0].m * area, whole = t->size[2] == p->axis[2].m && n == VL;
+    int64_t aside = p->axis[p->order[0]].out_step;
+    int passes = passes_of(p);
+    line_job j = {.in = m, .in_inner = VL, .out = lines, .out_inner = volume * VL, .inner = vectors};
+    if (passes == 3) {
+        j.in_step = area * p->m_point, j.out_step = area * VL;
+        j.outer = area, j.in_outer = p->m_point, j.out_outer = VL;
+        pass_of(output_passes, &p->axis[0])(&j);
+        j.in_step = j.out_step = a2 * VL;
+        j.outer = t->size[0], j.in_outer = j.out_outer = area * VL;
+        j.inner = a2, j.in_inner = j.out_inner = VL;
+        for (int64_t k = 0; k < vectors; k++) {
+            j.in = j.out = lines + k * volume * VL;
+            pass_of(output_passes, &p->axis[1])(&j);
+        }
+    } else if (passes == 2) {
+        j.in_step = a2 * p->m_point, j.out_step = a2 * VL;
+        j.outer = a2, j.in_outer = p->m_point, j.out_outer = VL;
+        pass_of(output_passes, &p->axis[1])(&j);
+    }
+    line_job w = {.in = lines, .in_step = VL, .in_outer = a2 * VL, .in_inner = volume * VL};
+    w.outer = t->size[1], w.inner = vectors;
+    w.out_step = t->step[2], w.out_outer = t->step[1], w.out_inner = VL;
+    if (passes == 1) {
+        w.in = m, w.in_step = p->m_point, w.in_inner = VL, w.in_outer = p->vectors * VL;
+        w.outer = count, w.out_outer = aside;
+    }
+    w.bias = bias, w.bias_inner = VL;
+    w.low = activation_floor(p->activation);
+    if (!whole) w.out_step = VL, w.out_outer = a2 * VL, w.out_inner = volume * VL;
+    for (int64_t i0 = 0; i0 < t->size[0]; i0++, w.in += area * VL) {
+        w.out = whole ? y + i0 * t->step[0] : lines + i0 * area * VL;
+        w.residual = residual ? residual + i0 * t->step[0] : NULL;
+        pass_of(whole ? write_passes : output_passes, &p->axis[2])(&w);
+    }
+    if (!whole)
+        for (int64_t k = 0; k < vectors; k++)
+            finish_lines(p, t, lines + k * volume * VL, n, bias ? bias + k * VL : NULL,
+                         residual ? residual + k * VL : NULL, y + k * VL);
+    if (activates_later(p->activation))
+        for (int64_t tile = 0; tile < count; tile++, y += aside)
+            for (int64_t i0 = 0; i0 < t->size[0]; i0++)
+                for (int64_t i1 = 0; i1 < t->size[1]; i1++)
+                    activate_rows(y + i0 * t->step[0] + i1 * t->step[1], t->step[2], t->size[2],
+                                  (vectors - 1) * VL + n, p->activation);
+}
+
+/* y of `count` tiles side by side and one panel of channels, m[point * m_point + column]. */
+static void output_tile(const fc_winograd *p, const fc_arrays *a, const tile_place *place,
+                        int64_t count, int64_t panel, const float *m, float *lines) {
+    int64_t first = panel * p->vectors * VL, aside = p->axis[p->order[0]].out_step;
+    int64_t columns = fc_min(p->out_channels - first, p->vectors * VL);
+    tile_target t = target_of(p, place);
+    for (int64_t c = 0; c < columns;) {
+        int64_t vectors = fc_max((columns - c) / VL, 1), n = vcount(columns, c);
+        const float *bias = a->bias[0] ? a->bias[0] + first + c : NULL;
+        /* Tiles that are not whole are put together one by one. */
+        int64_t each = n == VL && t.size[2] == p->axis[2].m ? count : 1;
+        for (int64_t i = 0; i < count; i += each) {
+            int64_t at = t.at + first + c + i * aside;
+            output_vectors(p, &t, each, m + c + i * p->vectors * VL, vectors, n, bias,
+                           a->residual ? a->residual + at : NULL, a->y + at, lines);
+        }
+        c += vectors * VL;
+    }
+}
+
+#endif
