@@ -10,11 +10,14 @@ outputs of a tile, so its bound is normwise:
 errors add like a random walk, so the root mean square is held to that of a plain sum in the same
 precision, times the amplification:
 
-    rms error <= 4 * slope * amplification * max(rms error of the plain sum, u * rms y, u * typical)
+    rms error <= 4 * slope * amplification * few
+                 * max(rms error of the plain sum, u * rms y, u * typical)
 
 (4: three transform stages and one sum, each of which may round as much as the plain sum does).
 typical = max sum |w x| / sqrt(n) is the size of a sum of n terms of random sign: where there are
 few outputs, all of them may happen to cancel, and the terms that were rounded are larger than they.
+few = 1 + 4 / sqrt(2 N): the rms of N random errors is random too, its standard deviation is
+1 / sqrt(2 N) of it, and four of them are allowed. It matters where a whole array is a few numbers.
 """
 
 from __future__ import annotations
@@ -79,5 +82,6 @@ def assert_errors_within(y, want, plain, terms: int, magnitude: float, plan: Pla
         f"{plan.algorithm}: max error {error.max():.3e} > bound {bound:.3e}"
     )
     typical = magnitude / terms**0.5
-    bound = 4 * slope * factor * max(rms(plain - want), u * rms(want), u * typical)
+    few = 1 + 4 / (2 * max(error.size, 1)) ** 0.5
+    bound = 4 * slope * factor * few * max(rms(plain - want), u * rms(want), u * typical)
     assert rms(error) <= bound, f"{plan.algorithm}: rms error {rms(error):.3e} > bound {bound:.3e}"
