@@ -87,7 +87,7 @@ typedef struct {
     const fc_grouped *params;
     const fc_arrays *arrays;
     const float *const *frames;
-    int64_t pixels, block, runs_per_piece, pieces_per_run, pieces, share;
+    int64_t pixels, block, size, runs_per_piece, pieces_per_run, pieces, share;
 } dense_call;
 
 INLINE const float *input_frame(const fc_geometry *g, const float *x, const float *const *frames,
@@ -96,24 +96,30 @@ INLINE const float *input_frame(const fc_geometry *g, const float *x, const floa
     return frames ? frames[frame] : x + frame * g->in_size[1] * g->in_size[2] * g->in_channels;
 }
 
-/* The input rows of some output rows of one frame, with the padding in front and behind:
-   packed (KT, packed_rows, packed_row). Rows and frames that do not exist are left out. */
-static void dense_pack(const dense_call *d, int64_t frame, int64_t first_row, float *packed) {
+/* Input that an item copies, with the padding round it: packed (KT, packed_rows, packed_row), of
+   output row `row` and some behind, from output column `column` on. */
+typedef struct {
+    float *packed;
+    int64_t row, column;
+} dense_copy;
+
+/* Fill a copy for output frame `frame`; rows and frames that do not exist are left out. */
+static void dense_pack(const dense_call *d, int64_t frame, const dense_copy *copy) {
     const fc_geometry *g = &d->params->geometry;
     const fc_pixel_rows *r = &d->params->rows;
-    int64_t image = frame / g->out_size[0], out_t = frame % g->out_size[0];
-    int64_t row_size = g->in_size[2] * g->in_channels;
-    int64_t left = fc_min(g->pad[2] * g->in_channels, r->packed_row);
-    int64_t used = fc_min(row_size, r->packed_row - left);
-    int64_t top = first_row * g->stride[1] - g->pad[1];
+    int64_t image = frame / g->out_size[0], out_t = frame % g->out_size[0], c = g->in_channels;
+    int64_t row_size = g->in_size[2] * c, start = (copy->column * g->stride[2] - g->pad[2]) * c;
+    int64_t left = fc_min(fc_max(-start, 0), r->packed_row);
+    int64_t used = fc_max(fc_min(row_size - start, r->packed_row) - left, 0);
+    int64_t top = copy->row * g->stride[1] - g->pad[1];
     for (int64_t i = 0; i < g->kernel[0]; i++) {
         int64_t t = out_t * g->stride[0] - g->pad[0] + i * g->dilation[0];
         if (t < 0 || t >= g->in_size[0]) continue;
         const float *from = input_frame(g, d->arrays->x, d->frames, image, t);
         for (int64_t j = fc_max(-top, 0); j < fc_min(r->packed_rows, g->in_size[1] - top); j++) {
-            float *to = packed + (i * r->packed_rows + j) * r->packed_row;
+            float *to = copy->packed + (i * r->packed_rows + j) * r->packed_row;
             memset(to, 0, 4 * left);
-            memcpy(to + left, from + (top + j) * row_size, 4 * used);
+            if (used) memcpy(to + left, from + (top + j) * row_size + start + left, 4 * used);
             memset(to + left + used, 0, 4 * (r->packed_row - left - used));
         }
     }
@@ -121,10 +127,10 @@ static void dense_pack(const dense_call *d, int64_t frame, int64_t first_row, fl
 
 /* Where the taps of some pixels of one output row begin: every (KT, KH, KW), or (KT, KH).
 
-   packed  copied input rows of output row `packed_row` and those behind, or NULL
-   entry   of column 0 at the first tap; those of columns start .. stop - 1 are written */
+   copy   where the input is read from, or NULL for x itself
+   entry  of column 0 at the first tap; those of columns start .. stop - 1 are written */
 static void dense_row_addresses(const dense_call *d, int64_t row, int64_t start, int64_t stop,
-                                const float *packed, int64_t packed_row, const float *zeros,
+                                const dense_copy *copy, const float *zeros,
                                 const float **entry) {
     const fc_geometry *g = &d->params->geometry;
     const fc_pixel_rows *r = &d->params->rows;
@@ -139,12 +145,15 @@ static void dense_row_addresses(const dense_call *d, int64_t row, int64_t start,
         for (int64_t j = 0; j < g->kernel[1]; j++) {
             int64_t in_h = out_h * g->stride[1] - g->pad[1] + j * g->dilation[1];
             int inside = there && in_h >= 0 && in_h < g->in_size[1];
-            int64_t above = (out_h - packed_row) * g->stride[1] + j * g->dilation[1];
-            const float *line = !inside ? zeros
-                                : packed ? packed + (i * r->packed_rows + above) * r->packed_row
-                                         : from + in_h * w * pixel;
+            const float *line = inside ? from + in_h * w * pixel : zeros;
+            if (inside && copy) {
+                int64_t above = (out_h - copy->row) * g->stride[1] + j * g->dilation[1];
+                line = copy->packed + (i * r->packed_rows + above) * r->packed_row;
+            }
             for (int64_t q = 0; q < columns; q++, entry += d->block) {
-                int64_t in_w = r->joined ? 0 : q * g->dilation[2] - g->pad[2];
+                int64_t in_w = copy       ? -copy->column * step
+                               : r->joined ? 0
+                                           : q * g->dilation[2] - g->pad[2];
                 int64_t low = start, high = inside ? stop : start;
                 if (inside && !r->joined) { /* columns o with in_w + o * step in 0 .. w - 1 */
                     low = fc_min(fc_max((step - 1 - in_w) / step, start), stop);
@@ -213,27 +222,26 @@ static void dense_item(void *context, int64_t item, int thread) {
     int64_t ow = g->out_size[2], panels = g->groups * (r->panels[0] + r->panels[1]);
     float *zeros = d->arrays->workspace + thread * p->each;
     const float **table = (const float **)(zeros + fc_lines(fc_max(g->in_channels, r->depth)));
-    float *packed = r->packed_row ? (float *)table + fc_lines(2 * r->taps * r->block) : NULL;
     memset(zeros, 0, 4 * fc_max(g->in_channels, r->depth));
 
     int64_t piece = item % d->pieces, first_panel = item / d->pieces * d->share;
     int64_t last_panel = fc_min(first_panel + d->share, panels);
-    int64_t size = packed ? r->high * ow : d->block;
     int64_t first = piece * d->runs_per_piece * r->run, last = first + d->runs_per_piece * r->run;
     if (d->pieces_per_run > 1) {
         first = piece / d->pieces_per_run * r->run;
         last = first + r->run;
-        first += piece % d->pieces_per_run * size;
-        last = fc_min(last, first + size);
+        first += piece % d->pieces_per_run * d->size;
+        last = fc_min(last, first + d->size);
     }
     last = fc_min(last, d->pixels);
-    int64_t first_row = first / ow, packed_row = first_row % g->out_size[1];
-    if (packed) dense_pack(d, first_row / g->out_size[1], packed_row, packed);
+    dense_copy copy = {(float *)table + fc_lines(2 * r->taps * r->block),
+                       first / ow % g->out_size[1], first % ow};
+    if (r->packed_row) dense_pack(d, first / (ow * g->out_size[1]), &copy);
     for (int64_t begin = first; begin < last; begin += d->block) {
         int64_t end = fc_min(begin + d->block, last);
         for (int64_t q = begin; q < end;) {
             int64_t start = q % ow, stop = fc_min(start + end - q, ow);
-            dense_row_addresses(d, q / ow, start, stop, packed, packed_row, zeros,
+            dense_row_addresses(d, q / ow, start, stop, r->packed_row ? &copy : NULL, zeros,
                                 table + (q - begin - start));
             q += stop - start;
         }
@@ -246,14 +254,20 @@ static void dense_run(const fc_grouped *p, const fc_arrays *a, const float *cons
                       int threads) {
     const fc_pixel_rows *r = &p->rows;
     const fc_geometry *g = &p->geometry;
-    dense_call d = {.params = p, .arrays = a, .frames = frames, .block = r->block};
-    d.pixels = g->batch * g->out_size[0] * g->out_size[1] * g->out_size[2];
-    if (!d.pixels) return;
-    int64_t panels = g->groups * (r->panels[0] + r->panels[1]), runs = d.pixels / r->run;
+    int64_t pixels = g->batch * g->out_size[0] * g->out_size[1] * g->out_size[2];
+    if (!pixels) return;
+    int64_t panels = g->groups * (r->panels[0] + r->panels[1]), runs = pixels / r->run;
     int64_t wanted = threads > 1 ? 4 * threads : 1;
-    int64_t size = r->packed_row ? r->high * g->out_size[2] : r->block;
-    d.pieces_per_run = fc_ceil_div(r->run, size);
-    d.runs_per_piece = d.pieces_per_run > 1 || r->packed_row ? 1 : fc_max(r->block / r->run, 1);
+    dense_call d = {.params = p, .arrays = a, .frames = frames, .pixels = pixels};
+    d.block = r->block;
+    if (!r->packed_row) {
+        int64_t least = gemm_block_rows[r->vectors[0]];
+        int64_t even = fc_ceil_div(pixels * panels, wanted * least) * least;
+        d.block = fc_max(fc_min(d.block, even), least);
+    }
+    d.size = r->packed_row ? r->piece : d.block;
+    d.pieces_per_run = fc_ceil_div(r->run, d.size);
+    d.runs_per_piece = d.pieces_per_run > 1 || r->packed_row ? 1 : d.size / r->run;
     d.pieces = d.pieces_per_run > 1 ? runs * d.pieces_per_run : fc_ceil_div(runs, d.runs_per_piece);
     int64_t shares = fc_min(panels, fc_ceil_div(wanted, d.pieces));
     d.share = fc_ceil_div(panels, shares);

@@ -15,11 +15,11 @@ enum { FC_PIXEL_ROWS, FC_PIXEL_LANES };
    chunk_taps, chunk_depth  terms that stay in the cache while they meet a block of pixels
    packed_row   floats of an input row with its padding that is copied to the workspace, 0 where
                 inputs are read in place;  packed_rows: rows of each frame that an item copies
-   high         output rows of an item that copies */
+   piece        output pixels of an item that copies: whole rows, or part of one */
 typedef struct {
     int64_t vectors[2], panels[2];
     int64_t taps, depth, joined, run, block, chunk_taps, chunk_depth;
-    int64_t packed_row, packed_rows, high;
+    int64_t packed_row, packed_rows, piece;
 } fc_pixel_rows;
 
 /* A strip of output rows of some groups moves along T. Its input is a ring of frames in the

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -16,6 +18,23 @@ from pages import BetweenForbiddenPages, needs_mprotect
 
 backends = pytest.mark.parametrize("backend", cases.CPU_BACKENDS)
 fast = pytest.mark.parametrize("backend", [b for b in cases.CPU_BACKENDS if b != "reference"])
+
+
+in_c = pytest.mark.parametrize("backend", [b for b in cases.CPU_BACKENDS if b == "c"])
+C_FORMS = ("products", "strips")
+
+
+def use_c_form(monkeypatch, name: str) -> None:
+    """The C backend takes one form, by the module of its cut, for every geometry."""
+    form = importlib.import_module(f"fastconv.c_kernels.{name}")
+    monkeypatch.setattr(kernel("grouped", "c"), "_cut", form.cut)
+
+
+def use_c_threads(monkeypatch, count: int) -> None:
+    """The C backend shares every call out, however small."""
+    launch = importlib.import_module("fastconv.c_kernels.launch")
+    monkeypatch.setattr(launch, "threads", lambda: count)
+    monkeypatch.setattr(kernel("grouped", "c"), "_cycles", lambda cut: 1 << 40)
 
 
 def plan_for(backend, geometry, dtype="float32", layout=CHANNELS_LAST, epilogue=None) -> Plan:
@@ -173,14 +192,85 @@ def test_numba_bits_do_not_depend_on_the_number_of_threads(groups):
         numba.set_num_threads(before)
 
 
+@in_c
+@pytest.mark.parametrize("form", C_FORMS)
+@pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS.keys())
+def test_every_c_form_is_exact_on_integers(backend, window, form, monkeypatch):
+    """Whatever the model of costs says: both forms, alone and in shares of three threads."""
+    use_c_form(monkeypatch, form)
+    for groups, c, k in ((1, 20, 37), (3, 7, 9)):
+        kernel_size, stride, padding, dilation = window
+        x_shape, w_shape = (1, groups * c, 4, 8, 23), (groups * k, c, *kernel_size)
+        geometry = Geometry.of(x_shape, w_shape, stride, padding, dilation, groups)
+        plan = plan_for(backend, geometry, epilogue=Epilogue(True, "relu", True))
+        x, w = small_integers(x_shape, 0), small_integers(w_shape, 1)
+        bias, residual = small_integers((groups * k,), 2), small_integers(geometry.y_shape, 3)
+        want = cases.execute(cases.on(plan, "reference"), x, w, bias, residual)
+        for threads in (1, 3):
+            use_c_threads(monkeypatch, threads)
+            assert np.array_equal(cases.execute(plan, x, w, bias, residual), want), threads
+
+
+# x, w, stride, padding, dilation, groups and form: what the C kernels cut in their own way.
+C_CUTS = {
+    "sums_in_parts": ((1, 600, 2, 3, 5), (20, 600, 3, 1, 1), 1, (1, 0, 0), 1, 1, "products"),
+    "parts_of_taps": ((1, 70, 3, 6, 7), (33, 70, 3, 3, 3), 1, 1, 1, 1, "products"),
+    "small_frames": ((3, 40, 2, 2, 3), (17, 40, 1, 3, 3), 1, (0, 1, 1), 1, 1, "products"),
+    "one_pixel": ((1, 130, 1, 1, 1), (70, 130, 1, 1, 1), 1, 0, 1, 1, "products"),
+    "wide_groups": ((1, 60, 3, 4, 9), (100, 30, 3, 1, 3), 1, 1, 1, 2, "products"),
+    "thin_copied": ((2, 3, 3, 9, 9), (20, 3, 3, 5, 3), (1, 2, 2), (1, 2, 1), 1, 1, "products"),
+    "thin_in_place": ((1, 3, 3, 9, 9), (40, 3, 3, 5, 3), (1, 2, 1), (1, 1, 0), 1, 1, "products"),
+    "thin_in_parts": ((1, 2, 20_000), (70, 2, 5), 3, ((4, 1),), 1, 1, "products"),
+    "thin_all_padding": ((1, 3, 2, 2, 2), (70, 3, 1, 2, 3), 1, (0, 2, 6), 1, 1, "products"),
+    "columns_of_strips": ((1, 4, 1, 3, 600), (4, 2, 1, 2, 3), 1, 0, 1, 2, "strips"),
+    "narrow_strips": ((1, 900, 1, 2, 200), (3, 900, 1, 2, 3), 1, 1, 1, 1, "strips"),
+    "long_dilation": ((1, 4, 40, 3, 9), (4, 2, 3, 1, 1), 1, (20, 0, 0), (19, 1, 1), 2, "strips"),
+    "parts_of_time": ((1, 6, 9, 4, 9), (6, 3, 3, 3, 3), (2, 1, 1), 1, 1, 2, "strips"),
+}
+
+
+@in_c
+@pytest.mark.parametrize("case", C_CUTS.values(), ids=C_CUTS.keys())
+def test_c_cuts_are_exact_on_integers(backend, case, monkeypatch):
+    *sizes, form = case
+    geometry = Geometry.of(*sizes)
+    use_c_form(monkeypatch, form)
+    plan = plan_for(backend, geometry)
+    x, w = small_integers(geometry.x_shape, 0), small_integers(geometry.w_shape, 1)
+    want = cases.execute(cases.on(plan, "reference"), x, w)
+    for threads in (1, 2, 5):
+        use_c_threads(monkeypatch, threads)
+        assert np.array_equal(cases.execute(plan, x, w), want), threads
+
+
+@in_c
+@pytest.mark.parametrize("form", C_FORMS)
+def test_c_bits_do_not_depend_on_the_number_of_threads(backend, form, monkeypatch):
+    use_c_form(monkeypatch, form)
+    geometry = Geometry.of((1, 96, 8, 13, 17), (48, 24, 3, 3, 3), 1, 1, 1, 4)
+    plan = plan_for(backend, geometry)
+    x, w = cases.random(geometry.x_shape, 0), cases.random(geometry.w_shape, 1)
+    results = []
+    for threads in (1, 2, 7):
+        use_c_threads(monkeypatch, threads)
+        results.append(cases.execute(plan, x, w))
+    assert all(np.array_equal(y, results[0]) for y in results)
+
+
 @needs_mprotect
 @fast
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("at_end", [True, False])
 @pytest.mark.parametrize(
     ("groups", "c", "k", "kernel_size"),
-    [(1, 7, 19, (3, 3, 3)), (1, 5, 18, (1, 1, 1)), (3, 5, 6, (3, 3, 3))],
-    ids=["dense", "pointwise", "grouped"],
+    [
+        (1, 7, 19, (3, 3, 3)),
+        (1, 5, 18, (1, 1, 1)),
+        (1, 3, 70, (2, 3, 3)),
+        (3, 5, 6, (3, 3, 3)),
+        (2, 30, 40, (1, 3, 3)),
+    ],
+    ids=["dense", "pointwise", "thin", "grouped", "wide_groups"],
 )
 def test_nothing_outside_the_arrays_is_read_or_written(
     backend, layout, at_end, groups, c, k, kernel_size

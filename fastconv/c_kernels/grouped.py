@@ -13,6 +13,7 @@ from . import launch, products, strips
 from .launch import Packed, ffi, lib
 
 CONFIGS: tuple[dict[str, int], ...] = ({},)
+MOST_OUTPUTS = 64  # of a group that pixels in lanes are considered for
 
 
 def supports(geometry: Geometry, dtype: str, epilogue: Epilogue) -> str | None:
@@ -24,32 +25,34 @@ def supports(geometry: Geometry, dtype: str, epilogue: Epilogue) -> str | None:
 def _cut(geometry: Geometry, lanes: int) -> strips.Strips | products.Products:
     """The form of a geometry with fewer cycles by its own count."""
     rows = products.cut(geometry, lanes)
-    if geometry.groups == 1:
+    if geometry.out_channels // geometry.groups > MOST_OUTPUTS:
         return rows
     pixels = strips.cut(geometry, lanes)
-    return pixels if strips.cycles(pixels) < products.cycles(rows, lanes) else rows
+    return pixels if _cycles(pixels) < _cycles(rows) else rows
+
+
+def _cycles(cut: strips.Strips | products.Products) -> int:
+    """Of one call on one thread, roughly."""
+    module = strips if isinstance(cut, strips.Strips) else products
+    return int(module.cycles(cut))
 
 
 def prepack(weights: np.ndarray, plan: Plan) -> Packed:
     """w (K, C / G, *kernel) in the order in which the kernel reads it."""
-    lanes = launch.lanes()
-    cut = _cut(plan.geometry, lanes)
+    cut = _cut(plan.geometry, launch.lanes())
     values = {
         "geometry": launch.c_geometry(cut.geometry),
         "activation": launch.activation_of(plan.epilogue),
+        "work": _cycles(cut),
         "each": launch.lines(cut.each),
     }
     if isinstance(cut, strips.Strips):
         fields, keep = cut.fields()
-        values |= {"form": lib.FC_PIXEL_LANES, "lanes": fields, "work": int(strips.cycles(cut))}
-        packed = strips.pack(weights, plan.geometry, lanes)
+        values |= {"form": lib.FC_PIXEL_LANES, "lanes": fields}
+        packed = strips.pack(weights, cut)
     else:
         keep = []
-        values |= {
-            "form": lib.FC_PIXEL_ROWS,
-            "rows": cut.fields(),
-            "work": int(products.cycles(cut, lanes)),
-        }
+        values |= {"form": lib.FC_PIXEL_ROWS, "rows": cut.fields()}
         packed = products.pack(weights, cut)
     params = ffi.new("fc_grouped *", values)
     return Packed(plan, packed, params, each=cut.each, keep=keep)

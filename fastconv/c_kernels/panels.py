@@ -9,7 +9,11 @@ from . import launch
 # As in csrc/gemm.h: rows of the register block by lanes and vectors per panel.
 _BLOCK_ROWS = {16: (0, 14, 14, 8, 6), 8: (0, 12, 6, 4, 2), 4: (0, 8, 6, 4, 2)}
 # Time of a multiplication in a block of so many vectors, relative; measured at 24 to 192 deep.
-_BLOCK_TIME = {16: (0, 1.27, 1.0, 1.0, 1.0), 8: (0, 1.25, 1.0, 1.0, 1.45), 4: (0, 1.2, 1.0, 1.0, 1.4)}
+_BLOCK_TIME = {
+    16: (0, 1.27, 1.0, 1.0, 1.0),
+    8: (0, 1.25, 1.0, 1.0, 1.45),
+    4: (0, 1.2, 1.0, 1.0, 1.4),
+}
 
 
 def block_rows(vectors: int) -> int:
@@ -41,31 +45,31 @@ def pack_panels(b: np.ndarray, vectors: int) -> np.ndarray:
     return panels[:count]
 
 
-def panel_split(columns: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Vectors per panel of two kinds and panels of each, which cover `columns` with no whole vector
-    of padding, in the least time."""
-    needed, time = -(-columns // launch.lanes()), _BLOCK_TIME[launch.lanes()]
+def panel_split(needed: int, time: tuple[float, ...]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Vectors per panel of two kinds, and panels of each: `needed` vectors in the least time.
+
+    time: of a multiplication in panels of 0, 1, 2, ... vectors, relative
+    """
     order = (2, 4, 3, 1)
     splits = [
-        ((wide, narrow), (count, rest // narrow))
+        ((wide, narrow), (count, (needed - count * wide) // narrow))
         for wide in order
-        for count in range(needed // wide, -1, -1)
-        if (rest := needed - count * wide) or True
         for narrow in order
-        if rest % narrow == 0 and (rest or narrow == wide)
+        for count in range(needed // wide + 1)
+        if (needed - count * wide) % narrow == 0
     ]
-    return min(
-        splits, key=lambda s: sum(v * n * time[v] for v, n in zip(*s, strict=True)) + 0.01 * sum(s[1])
-    )
+
+    def cost(split: tuple[tuple[int, int], tuple[int, int]]) -> float:
+        return sum(n * (v * time[v] + 0.01) for v, n in zip(*split, strict=True))
+
+    return min(splits, key=cost)
 
 
-def pack_split(
-    b: np.ndarray, vectors: tuple[int, int], panels: tuple[int, int]
-) -> np.ndarray:
+def pack_split(b: np.ndarray, vectors: tuple[int, int], panels: tuple[int, int]) -> np.ndarray:
     """b (groups, depth, columns) -> (groups, depth * vectors * lanes), the panels of `panel_split`
     one behind the other, with memory for another one behind the last."""
     lanes = launch.lanes()
-    groups, depth, columns = b.shape
+    groups, depth, _ = b.shape
     widths = [v * lanes for v, n in zip(vectors, panels, strict=True) for _ in range(n)]
     size = depth * sum(widths)
     packed = launch.aligned(groups * size + depth * max(widths))

@@ -1,10 +1,9 @@
-"""Pixels in lanes (csrc/lanes.h): how the work of one geometry is cut, and weights packed for it."""
+"""Pixels in lanes (csrc/grouped_lanes.h): how a geometry is cut into strips, and its weights."""
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -14,16 +13,20 @@ from . import launch
 from .launch import ffi
 
 RING_BYTES = 640 << 10  # of one thread's ring and sums: most of it stays in L2
-ITEMS = 8  # strips that many threads share evenly
+COLUMNS = 256  # most of an item
+THREADS = 4  # that should have equal shares of an image
 
 
 def register_block(outputs: int, lanes: int) -> tuple[int, int]:
-    """Output channels and vectors of pixels whose sums are kept in registers."""
-    spare = 31 if lanes == 16 else 15
-    blocks = range(1, min(outputs, 12 if lanes == 16 else 6) + 1)
-    # Least padding, then most sums at once, then most uses of a pixel.
-    best = min(blocks, key=lambda k: (-(-outputs // k) * k, -k * min(spare // (k + 1), 8), -k))
-    return best, min(spare // (best + 1), 8)
+    """Output channels and vectors of pixels whose sums are kept in registers, for least time."""
+    most, registers = (12, 32) if lanes == 16 else (6, 16)
+    blocks = [(k, min((registers - 1) // (k + 1), 8)) for k in range(1, min(outputs, most) + 1)]
+    return min(blocks, key=lambda b: (-(-outputs // b[0]) * _block_cycles(*b) / b[1], -b[0]))
+
+
+def _block_cycles(channels: int, vectors: int) -> float:
+    """Of a term: multiplications or loads, two in a cycle; pixels lie across cache lines."""
+    return max(channels * vectors, channels + 2 * vectors + 2, 8) / 2
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,17 @@ class Strips:
         inputs = self.groups * (g.in_channels // g.groups) * self.channel_stride
         return inputs + rows * self.sums_stride + launch.lines(2 * terms)
 
+    @property
+    def items(self) -> int:
+        g = self.geometry
+        chunks = -(-g.groups // self.groups)
+        return chunks * -(-g.out_size[1] // self.rows) * -(-g.out_size[2] // self.columns)
+
+    @property
+    def uneven(self) -> float:
+        """Time of the busiest of some threads over the mean."""
+        return -(-self.items // THREADS) * THREADS / self.items
+
     def fields(self) -> tuple[dict[str, Any], list[Any]]:
         """An initialiser of fc_pixel_lanes, and the memory that it points to."""
         residues = ffi.new("int64_t[]", [*self.phases[0], *self.phases[1]])
@@ -72,13 +86,18 @@ class Strips:
             "packed_rows": self.packed_rows,
             "row_length": self.row_length,
             "frame": self.frame,
-            "slots": self.geometry.span[0],
+            "slots": _slots(self.geometry),
             "channel_stride": self.channel_stride,
             "sums_stride": self.sums_stride,
             "residues": residues,
             "offsets": offsets,
         }
         return values, [residues, offsets]
+
+
+def _slots(g: Geometry) -> int:
+    """Frames of the ring: those of one output column."""
+    return min(g.span[0], g.in_size[0])
 
 
 def _residues(kernel_size: int, stride: int, dilation: int) -> tuple[int, ...]:
@@ -94,14 +113,18 @@ def _reach(kernel_size: int, stride: int, dilation: int) -> int:
 def cut(geometry: Geometry, lanes: int) -> Strips:
     """The cheapest cut of a geometry by a count of cycles; for any number of threads."""
     g = geometry.lifted()
-    width = -(-g.out_size[2] // -(-g.out_size[2] // 256))
     groups = sorted({-(-g.groups // n) for n in range(1, g.groups + 1)})
     heights = range(1, min(g.out_size[1], 64) + 1)
-    cuts = [_strips(g, lanes, n, h, width) for n in groups for h in heights]
-    small = [s for s in cuts if 4 * s.each <= RING_BYTES]
-    if not small:
-        return min(cuts, key=lambda s: s.each)
-    return min(small, key=cycles)
+    parts = -(-g.out_size[2] // COLUMNS)
+    while True:
+        width = -(-g.out_size[2] // parts)
+        cuts = [_strips(g, lanes, n, h, width) for n in groups for h in heights]
+        small = [s for s in cuts if 4 * s.each <= RING_BYTES]
+        if small:
+            return min(small, key=lambda s: cycles(s) * s.uneven)
+        if width <= lanes:
+            return min(cuts, key=lambda s: s.each)
+        parts *= 2
 
 
 def _strips(g: Geometry, lanes: int, groups: int, rows: int, columns: int) -> Strips:
@@ -112,12 +135,15 @@ def _strips(g: Geometry, lanes: int, groups: int, rows: int, columns: int) -> St
     packed_rows = rows + _reach(*axes[1])
     frame = len(phases[0]) * len(phases[1]) * packed_rows * row_length
     pixels = -(-((rows - 1) * row_length + columns) // lanes) * lanes
-    # An odd number of lines between channels: they do not compete for the same cache sets.
-    odd = lambda size: (-(-size // launch.LINE) | 1) * launch.LINE  # noqa: E731
     return Strips(
         g, lanes, channels, vectors, groups, rows, columns, phases, packed_rows, row_length,
-        odd(g.span[0] * frame + lanes), odd(pixels),
+        _odd_lines(_slots(g) * frame + lanes), _odd_lines(pixels),
     )  # fmt: skip
+
+
+def _odd_lines(size: int) -> int:
+    """Floats up to an odd number of cache lines: channels do not compete for the same sets."""
+    return (-(-size // launch.LINE) | 1) * launch.LINE
 
 
 def _row_length(g: Geometry, phases: tuple[int, ...], columns: int) -> int:
@@ -136,22 +162,19 @@ def cycles(s: Strips) -> float:
     """Roughly, on one thread; constants measured on 512-bit registers."""
     g = s.geometry
     c, k = g.in_channels // g.groups, g.out_channels // g.groups
-    chunks = -(-g.groups // s.groups)
-    items = max(g.batch, 1) * chunks * -(-g.out_size[1] // s.rows) * -(-g.out_size[2] // s.columns)
-    # Vectors of pixels; a short register block does little at once.
-    vectors = -(-((s.rows - 1) * s.row_length + s.columns) // s.lanes)
-    blocks, rest = divmod(vectors, s.vectors)
-    vectors += max(-(-8 // s.channels) - rest, 0) if rest else 0
-    terms = c * g.taps
-    sums = s.groups * -(-k // s.channels) * (s.channels * terms * vectors / 2 + 40 * (blocks + 1))
+    pixels = -(-((s.rows - 1) * s.row_length + s.columns) // s.lanes)
+    blocks, rest = divmod(pixels, s.vectors)
+    term = blocks * _block_cycles(s.channels, s.vectors)
+    term += _block_cycles(s.channels, rest) if rest else 0
+    sums = c * g.taps * term + 40 * (blocks + 1)
     tiles = -(-s.groups * c // s.lanes) * (s.frame // s.row_length) * -(-s.row_length // s.lanes)
     outputs = -(-s.groups * k // s.lanes) * s.rows * -(-s.columns // s.lanes)
     frames = min(g.stride[0], g.span[0])
-    transposed = 9 * s.lanes * (frames * tiles + outputs)
+    transposed = 5 * s.lanes * (frames * tiles + outputs)
     lines = frames * s.frame * _lines(s.groups * c, g.in_channels)
     lines += s.rows * s.columns * _lines(s.groups * k, g.out_channels)
-    uneven = -(-items // ITEMS) * ITEMS / items
-    return items * uneven * g.out_size[0] * (sums + transposed + 10 * lines)
+    each = 1.05 * s.groups * -(-k // s.channels) * sums + transposed + 3 * lines
+    return g.batch * s.items * g.out_size[0] * each
 
 
 def _lines(share: int, channels: int) -> float:
@@ -159,11 +182,10 @@ def _lines(share: int, channels: int) -> float:
     return share / launch.LINE + (share < channels and share % launch.LINE > 0)
 
 
-def pack(weights: np.ndarray, geometry: Geometry, lanes: int) -> np.ndarray:
+def pack(weights: np.ndarray, s: Strips) -> np.ndarray:
     """w (K, C / G, *kernel) -> (G, blocks, KT * KH, C / G, KW, channels of a register block)."""
-    g = geometry
+    g, channels = s.geometry, s.channels
     k = g.out_channels // g.groups
-    channels, _ = register_block(k, lanes)
     blocks = -(-k // channels)
     rows, columns = g.taps // g.kernel[-1], g.kernel[-1]
     packed = launch.aligned(g.groups, blocks, rows, g.in_channels // g.groups, columns, channels)

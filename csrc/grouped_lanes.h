@@ -5,8 +5,8 @@
    p + s, ... make phase p, and tap k of output q is column q + k * dilation / s of phase
    k * dilation % s; rows likewise. Weights are broadcast, sums leave as [channel][pixel] and are
    transposed back on their way to y. */
-#ifndef FC_LANES_H
-#define FC_LANES_H
+#ifndef FC_GROUPED_LANES_H
+#define FC_GROUPED_LANES_H
 
 #include "dense.h"
 
