@@ -16,7 +16,7 @@ typedef struct {
 static void input_tiles(const fc_winograd *p, const fc_arrays *a, int64_t first, int64_t count,
                         float *v, float *lines) {
     tile_place place = place_of(p, first);
-    if (passes_of(p) == 1) clear_vectors(lines, p->at_once);
+    clear_vectors(lines + p->points * p->at_once * VL, 1); /* zeros for what is outside x */
     for (int64_t i = 0, alike; i < count; i += alike) {
         alike = alike_from(p, &place, count - i);
         input_tile(p, a->x, &place, alike, v + i * p->v_row, lines);

@@ -116,7 +116,7 @@ class _Schedule:
         self.v_row = launch.lines(self.depth - geometry.in_channels + whole)
         passes = sum(t.alpha > 1 for t in lifted)
         self.at_once = (16, 4, 1)[passes - 1]
-        self.lines = launch.lines(self.points * max(self.at_once, self.vectors) * lanes)
+        self.lines = launch.lines((self.points * max(self.at_once, self.vectors) + 1) * lanes)
         self._choose_tiles(plan.options)
         # A cache line more between points, so that they do not fall on the same cache set.
         self.v_point = self.tiles * self.v_row + launch.LINE
