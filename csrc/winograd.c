@@ -16,7 +16,7 @@ typedef struct {
 static void input_tiles(const fc_winograd *p, const fc_arrays *a, int64_t first, int64_t count,
                         float *v, float *lines) {
     tile_place place = place_of(p, first);
-    if (passes_of(p) == 1) clear_vectors(lines, p->at_once);
+    clear_vectors(lines + p->points * p->at_once * VL, 1); /* zeros for what is outside x */
     for (int64_t i = 0, alike; i < count; i += alike) {
         alike = alike_from(p, &place, count - i);
         input_tile(p, a->x, &place, alike, v + i * p->v_row, lines);
@@ -24,22 +24,25 @@ static void input_tiles(const fc_winograd *p, const fc_arrays *a, int64_t first,
     }
 }
 
-/* M of one point and one panel, for `count` tiles, while memory of the lists is asked for. */
+/* M of one point and one panel, for `count` tiles. Meanwhile memory of the lists is asked for; where
+   they are done, what the next product reads beside its weights and what it writes. */
 static void multiply_point(const fc_winograd *p, const fc_arrays *a, int64_t point, int64_t panel,
                            int64_t count, const float *v, float *m, line_list *read,
                            line_list *written) {
-    int64_t width = p->vectors * VL, block = gemm_block_rows[p->vectors];
+    int64_t width = p->vectors * VL, most = gemm_block_rows[p->vectors];
+    int64_t rows = fc_ceil_div(count, fc_ceil_div(count, most)); /* blocks of equal height */
+    int64_t next_a = p->phased ? 0 : p->v_point, next_c = p->phased ? p->m_panel : p->m_point;
     product_job g = {.a = v + point * p->v_point, .a_stride = p->v_row, .depth = p->depth};
-    g.b = a->weights + (panel * p->points + point) * p->depth * width;
+    g.b = a->weights + point * p->u_point + panel * p->u_panel;
     g.ahead = g.b + p->depth * width;
     g.c = m + panel * p->m_panel + point * p->m_point;
-    for (int64_t row = 0; row < count; row += block) {
-        int64_t rows = fc_min(block, count - row);
-        take_lines(read, p->depth, g.a + p->v_point, fc_ceil_div(rows * p->v_row, FC_LINE), &g.read);
-        take_lines(written, p->depth, g.c + p->m_point, fc_ceil_div(rows * width, FC_LINE), &g.written);
+    for (; count > 0; count -= rows) {
+        rows = fc_min(rows, count);
+        take_lines(read, p->depth, g.a + next_a, fc_ceil_div(rows * p->v_row, FC_LINE), &g.read);
+        take_lines(written, p->depth, g.c + next_c, fc_ceil_div(rows * width, FC_LINE), &g.written);
         product_tiles[p->vectors][rows - 1](&g);
-        g.a += block * p->v_row;
-        g.c += block * width;
+        g.a += rows * p->v_row;
+        g.c += rows * width;
         g.ahead = g.b;
     }
 }
@@ -100,13 +103,22 @@ static void input_item(void *context, int64_t item, int thread) {
     input_tiles(p, r->a, r->first + done, count, v + done * p->v_row, lines);
 }
 
+/* Panels of one point that are an item: all of them, unless that makes too few items. */
+static int64_t panels_per_item(const fc_winograd *p, int threads) {
+    int64_t parts = fc_min(fc_ceil_div(4 * threads, p->points), p->panels);
+    return fc_ceil_div(p->panels, parts);
+}
+
 static void multiply_item(void *context, int64_t item, int thread) {
     (void)thread;
     const winograd_round *r = context;
     const fc_winograd *p = r->p;
     float *v = r->a->workspace, *m = v + p->v_size;
     line_list none = {0};
-    multiply_point(p, r->a, item / p->panels, item % p->panels, r->count, v, m, &none, &none);
+    int64_t each = panels_per_item(p, r->a->threads), parts = fc_ceil_div(p->panels, each);
+    int64_t panel = item % parts * each, end = fc_min(panel + each, p->panels);
+    for (; panel < end; panel++)
+        multiply_point(p, r->a, item / parts, panel, r->count, v, m, &none, &none);
 }
 
 static void output_item(void *context, int64_t item, int thread) {
@@ -131,7 +143,8 @@ static void winograd_run(const void *params, const fc_arrays *a) {
         r.count = fc_min(p->block, p->tiles - r.first);
         int64_t groups = fc_ceil_div(r.count, p->group);
         fc_parallel_for(a->threads, groups, input_item, &r);
-        fc_parallel_for(a->threads, p->points * p->panels, multiply_item, &r);
+        int64_t parts = fc_ceil_div(p->panels, panels_per_item(p, a->threads));
+        fc_parallel_for(a->threads, p->points * parts, multiply_item, &r);
         fc_parallel_for(a->threads, groups * p->panels, output_item, &r);
     }
 }

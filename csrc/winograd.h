@@ -9,8 +9,9 @@ typedef struct {
     int64_t stride, pad, phases;
 } fc_winograd_axis;
 
-/* V is [point][tile][v_row] with v_point between points, M [point][tile][vectors * VL] with m_point,
-   weights U are [panel][point][depth][vectors * VL] and readable for a point more.
+/* V is [point][tile][v_row] with v_point between points, M [point][tile][vectors * VL] with m_point.
+   The weights U are [panel][point][depth][vectors * VL], or [point][panel] if phased: in the order
+   of use, and readable for a product more.
 
    order     the axes from the one along which tile numbers run fastest
    block     tiles that go through the stages together; of a round of all threads if phased
@@ -18,6 +19,7 @@ typedef struct {
    depth     phases * channels, the rows of U
    panels    of output channels, each `vectors` wide
    m_panel   between the M of two panels; 0 where they take turns
+   u_point, u_panel  between the U of two points, and of two panels
    at_once   vectors of channels that go through the passes of the input transform together
    lines     floats for the lines of a tile between two passes, per thread
    v_size, m_size  floats of V and of M, of a thread or of all threads if phased */
@@ -26,5 +28,5 @@ typedef struct {
     int32_t order[3], phased, activation, vectors;
     int64_t channels, out_channels, depth, points, panels;
     int64_t in_image, out_image, tiles, block, group;
-    int64_t at_once, v_row, v_point, m_point, m_panel, v_size, m_size, lines;
+    int64_t at_once, v_row, v_point, m_point, m_panel, u_point, u_panel, v_size, m_size, lines;
 } fc_winograd;

@@ -11,18 +11,28 @@
    next, fresh        values from `next` on that a later line will need, to be prefetched; or 0
    bias               NULL, or what is added to every output, `bias_inner` from line to line
    residual           NULL, or added, with the steps of out
-   low                outputs below become equal to it */
+   low                outputs below become equal to it
+   lanes, valid       of each vector, and outputs of each line, that are in y: for `write` passes */
 typedef struct {
     const float *in;
     float *out;
     int64_t in_step, out_step, outer, in_outer, out_outer, inner, in_inner, out_inner;
     int64_t next, fresh;
     const float *bias, *residual;
-    int64_t bias_inner;
+    int64_t bias_inner, lanes, valid;
     float low;
 } line_job;
 
+/* Lines with values outside x, or with few lanes: every value has its own place and steps, so that
+   zeros can come from one and the same place. */
+typedef struct {
+    const float *in[16];
+    float *out;
+    int64_t in_outer[16], in_inner[16], out_step, outer, out_outer, inner, out_inner, lanes;
+} edge_job;
+
 typedef void (*line_pass)(const line_job *);
+typedef void (*edge_pass)(const edge_job *);
 typedef void (*line_program)(const vec *, vec *);
 
 /* V = BT d; `fetch` asks for later inputs. */
@@ -44,61 +54,19 @@ INLINE void input_lines(int alpha, line_program program, int fetch, const line_j
     }
 }
 
-/* y = AT M; `last` adds what comes after the sum. */
-INLINE void output_lines(int m, int alpha, line_program program, int last, const line_job *job) {
-    const line_job j = *job;
-    const vec low = vset(j.low);
-    for (int64_t o = 0; o < j.outer; o++) {
-        const float *in = j.in + o * j.in_outer, *bias = j.bias;
-        float *out = j.out + o * j.out_outer;
-        const float *residual = j.residual ? j.residual + o * j.out_outer : NULL;
-        for (int64_t i = 0; i < j.inner; i++, in += j.in_inner, out += j.out_inner) {
-            vec d[16], y[16];
-            UNROLL
-            for (int k = 0; k < alpha; k++) d[k] = vload(in + k * j.in_step);
-            program(d, y);
-            if (last && bias) {
-                vec shift = vload(bias + i * j.bias_inner);
-                UNROLL
-                for (int k = 0; k < m; k++) y[k] += shift;
-            }
-            if (last && residual) {
-                UNROLL
-                for (int k = 0; k < m; k++)
-                    y[k] += vload(residual + i * j.out_inner + k * j.out_step);
-            }
-            UNROLL
-            for (int k = 0; k < m; k++)
-                vstore(out + k * j.out_step, last ? vmax(y[k], low) : y[k]);
-        }
-    }
-}
-
-/* The only pass of tiles with one axis: `outer` tiles side by side, `inner` vectors of each.
-
-   in, in_outer  where value k of a line begins, and how far it goes from tile to tile: so that what
-                 lies outside can come from a line of zeros
-   lanes         valid ones of each vector */
-typedef struct {
-    const float *in[16];
-    int64_t in_outer[16], out_step, out_outer, outer, inner, lanes;
-    float *out;
-} column_job;
-
-typedef void (*column_pass)(const column_job *);
-
-INLINE void column_body(int alpha, line_program program, int whole, const column_job *j) {
+INLINE void edge_body(int alpha, line_program program, int whole, const edge_job *j) {
     const int64_t outer = j->outer, inner = j->inner, step = j->out_step, n = j->lanes;
     for (int64_t o = 0; o < outer; o++) {
         const float *in[16];
         float *out = j->out + o * j->out_outer;
         UNROLL
         for (int k = 0; k < alpha; k++) in[k] = j->in[k] + o * j->in_outer[k];
-        for (int64_t i = 0; i < inner; i++, out += VL) {
+        for (int64_t i = 0; i < inner; i++, out += j->out_inner) {
             vec d[16], v[16];
             UNROLL
-            for (int k = 0; k < alpha; k++)
-                d[k] = whole ? vload(in[k] + i * VL) : vload_n(in[k] + i * VL, n);
+            for (int k = 0; k < alpha; k++) d[k] = whole ? vload(in[k]) : vload_n(in[k], n);
+            UNROLL
+            for (int k = 0; k < alpha; k++) in[k] += j->in_inner[k];
             program(d, v);
             UNROLL
             for (int k = 0; k < alpha; k++) vstore(out + k * step, v[k]);
@@ -106,43 +74,97 @@ INLINE void column_body(int alpha, line_program program, int whole, const column
     }
 }
 
-INLINE void input_columns(int alpha, line_program program, const column_job *j) {
+INLINE void edge_lines(int alpha, line_program program, const edge_job *j) {
     if (j->lanes == VL)
-        column_body(alpha, program, 1, j);
+        edge_body(alpha, program, 1, j);
     else
-        column_body(alpha, program, 0, j);
+        edge_body(alpha, program, 0, j);
 }
 
+/* Lines of M to lines between the passes. */
+INLINE void output_lines(int m, int alpha, line_program program, const line_job *job) {
+    const line_job j = *job;
+    for (int64_t o = 0; o < j.outer; o++) {
+        const float *in = j.in + o * j.in_outer;
+        float *out = j.out + o * j.out_outer;
+        for (int64_t i = 0; i < j.inner; i++, in += j.in_inner, out += j.out_inner) {
+            vec d[16], y[16];
+            UNROLL
+            for (int k = 0; k < alpha; k++) d[k] = vload(in + k * j.in_step);
+            program(d, y);
+            UNROLL
+            for (int k = 0; k < m; k++) vstore(out + k * j.out_step, y[k]);
+        }
+    }
+}
+
+/* The last pass, to y with what comes after the sum; `whole` lines have all lanes and outputs. */
+INLINE void write_body(int m, int alpha, line_program program, int whole, const line_job *job) {
+    const line_job j = *job;
+    const int64_t n = whole ? VL : j.lanes, valid = whole ? m : j.valid;
+    const vec low = vset(j.low);
+    for (int64_t o = 0; o < j.outer; o++) {
+        const float *in = j.in + o * j.in_outer;
+        for (int64_t i = 0; i < j.inner; i++, in += j.in_inner) {
+            vec d[16], y[16];
+            int64_t at = o * j.out_outer + i * j.out_inner;
+            UNROLL
+            for (int k = 0; k < alpha; k++) d[k] = vload(in + k * j.in_step);
+            program(d, y);
+            if (j.bias) {
+                const float *bias = j.bias + i * j.bias_inner;
+                vec shift = whole ? vload(bias) : vload_n(bias, n);
+                UNROLL
+                for (int k = 0; k < m; k++) y[k] += shift;
+            }
+            UNROLL
+            for (int k = 0; k < m; k++, at += j.out_step) {
+                if (k >= valid) break;
+                if (j.residual)
+                    y[k] += whole ? vload(j.residual + at) : vload_n(j.residual + at, n);
+                if (whole)
+                    vstore(j.out + at, vmax(y[k], low));
+                else
+                    vstore_n(j.out + at, vmax(y[k], low), n);
+            }
+        }
+    }
+}
+
+INLINE void write_lines(int m, int alpha, line_program program, const line_job *j) {
+    if (j->lanes == VL && j->valid == m)
+        write_body(m, alpha, program, 1, j);
+    else
+        write_body(m, alpha, program, 0, j);
+}
+
+/* By r and m: passes over x, with prefetching or at its edges, over lines, and those of M. */
 #define LINE_PASSES(m, r, alpha)                                                               \
     static void read_##m##_##r(const line_job *j) {                                             \
-        input_lines(alpha, bt_##m##_##r, 1, j);                                              \
+        input_lines(alpha, bt_##m##_##r, 1, j);                                                 \
     }                                                                                          \
+    static void edge_##m##_##r(const edge_job *j) { edge_lines(alpha, bt_##m##_##r, j); }       \
     static void input_##m##_##r(const line_job *j) {                                            \
-        input_lines(alpha, bt_##m##_##r, 0, j);                                              \
-    }                                                                                          \
-    static void column_##m##_##r(const column_job *j) {                                         \
-        input_columns(alpha, bt_##m##_##r, j);                                                  \
+        input_lines(alpha, bt_##m##_##r, 0, j);                                                 \
     }                                                                                          \
     static void output_##m##_##r(const line_job *j) {                                           \
-        output_lines(m, alpha, at_##m##_##r, 0, j);                                             \
+        output_lines(m, alpha, at_##m##_##r, j);                                                \
     }                                                                                          \
     static void write_##m##_##r(const line_job *j) {                                            \
-        output_lines(m, alpha, at_##m##_##r, 1, j);                                             \
+        write_lines(m, alpha, at_##m##_##r, j);                                                 \
     }
 EACH_PROGRAM(LINE_PASSES)
 
-/* By r and m: the pass that reads x and its like without prefetching, that of the output transform
-   and the one which writes y. */
 enum { MOST_TAPS = 7, MOST_OUTPUTS = 6 };
+typedef line_pass line_passes[MOST_TAPS + 1][MOST_OUTPUTS + 1];
 #define READ_PASS(m, r, alpha) [r][m] = read_##m##_##r,
+#define EDGE_PASS(m, r, alpha) [r][m] = edge_##m##_##r,
 #define INPUT_PASS(m, r, alpha) [r][m] = input_##m##_##r,
-#define COLUMN_PASS(m, r, alpha) [r][m] = column_##m##_##r,
 #define OUTPUT_PASS(m, r, alpha) [r][m] = output_##m##_##r,
 #define WRITE_PASS(m, r, alpha) [r][m] = write_##m##_##r,
-typedef line_pass line_passes[MOST_TAPS + 1][MOST_OUTPUTS + 1];
 static const line_passes read_passes = {EACH_PROGRAM(READ_PASS)};
+static const edge_pass edge_passes[MOST_TAPS + 1][MOST_OUTPUTS + 1] = {EACH_PROGRAM(EDGE_PASS)};
 static const line_passes input_passes = {EACH_PROGRAM(INPUT_PASS)};
-static const column_pass column_passes[MOST_TAPS + 1][MOST_OUTPUTS + 1] = {EACH_PROGRAM(COLUMN_PASS)};
 static const line_passes output_passes = {EACH_PROGRAM(OUTPUT_PASS)};
 static const line_passes write_passes = {EACH_PROGRAM(WRITE_PASS)};
 

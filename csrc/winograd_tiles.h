@@ -35,8 +35,6 @@ INLINE void skip_places(const fc_winograd *p, tile_place *place, int64_t count) 
     place->image++;
 }
 
-INLINE int64_t between(int64_t v, int64_t low, int64_t high) { return fc_max(low, fc_min(v, high)); }
-
 /* The inputs of a tile under one phase: those with low <= index < high on every axis are in x, the
    others are zeros. `rest` is where x ends, beyond the tile or not; origin that of index 0. */
 typedef struct {
@@ -72,80 +70,71 @@ INLINE void clear_vectors(float *at, int64_t count) {
     for (int64_t i = 0; i < count; i++) vstore(at + i * VL, vzero());
 }
 
-/* Rows of x with zeros where there is nothing, n channels of each value, as lines. */
-static void gather_rows(const fc_winograd *p, const float *x, const tile_window *w, int64_t vectors,
-                        int64_t n, int64_t next, int64_t fresh, float *lines) {
-    int64_t a1 = p->axis[1].alpha, a2 = p->axis[2].alpha, volume = p->axis[0].alpha * a1 * a2;
-    for (int64_t k = 0; k < vectors; k++)
-        for (int64_t i0 = w->low[0]; i0 < w->high[0]; i0++)
-            for (int64_t i1 = w->low[1]; i1 < w->high[1]; i1++) {
-                float *to = lines + (k * volume + (i0 * a1 + i1) * a2) * VL;
-                int64_t row = w->origin + i0 * w->step[0] + i1 * w->step[1] + k * VL;
-                for (int64_t i2 = 0; i2 < a2; i2++) {
-                    int inside = i2 >= w->low[2] && i2 < w->high[2];
-                    vec value = inside ? vload_n(x + row + i2 * w->step[2], n) : vzero();
-                    vstore(to + i2 * VL, value);
-                }
-                for (int64_t k2 = 0; k2 < fresh; k2++) prefetch(x + row + next + k2 * w->step[2]);
-            }
-}
+/* The first pass, over axis 2, from x to `out`. An outer and an inner loop go over planes, rows,
+   vectors of channels or tiles; steps are between their x and between their lines. */
+typedef struct {
+    const float *x;
+    float *out;
+    int64_t out_step, outer, in_outer, out_outer, inner, in_inner, out_inner;
+} first_pass;
 
-/* V = BT d of `count` tiles side by side that have one axis, for `vectors` vectors of channels, n
-   valid lanes each. */
-static void input_columns_of(const fc_winograd *p, const float *x, const tile_window *w,
-                             int64_t count, int64_t vectors, int64_t n, float *v,
-                             const float *zeros) {
-    column_job j = {.out = v, .out_step = p->v_point, .out_outer = p->v_row, .lanes = n};
-    j.outer = count, j.inner = vectors;
-    for (int64_t k = 0; k < p->axis[2].alpha; k++) {
-        int inside = !w->empty && k >= w->low[2] && k < w->high[2];
-        j.in[k] = inside ? x + (w->origin + k * w->step[2]) : zeros;
-        j.in_outer[k] = inside ? w->step[p->order[0]] : 0;
-    }
-    column_passes[p->axis[2].r][p->axis[2].m](&j);
-}
-
-/* V = BT d of one tile: `vectors` vectors of channels, n valid lanes each, to v + point * v_point. */
-static void input_vectors(const fc_winograd *p, const float *x, const tile_window *w,
-                          int64_t vectors, int64_t n, float *v, float *lines) {
-    int64_t a0 = p->axis[0].alpha, a1 = p->axis[1].alpha, a2 = p->axis[2].alpha;
-    int64_t area = a1 * a2, volume = a0 * area;
-    if (w->empty) {
-        for (int64_t i = 0; i < volume; i++) clear_vectors(v + i * p->v_point, vectors);
+static void read_lines(const fc_winograd *p, const tile_window *w, int64_t n, const first_pass *f,
+                       const float *zeros) {
+    const fc_winograd_axis *axis = &p->axis[2];
+    int ahead = p->order[0];
+    if (n == VL && !w->low[2] && w->high[2] == axis->alpha) {
+        line_job j = {f->x, f->out, w->step[2], f->out_step, f->outer, f->in_outer, f->out_outer,
+                      f->inner, f->in_inner, f->out_inner};
+        /* The next tile begins m further along one axis; what it shares with this one is here. */
+        if (ahead == 2) {
+            j.next = axis->alpha * w->step[2];
+            j.fresh = fc_max(fc_min(w->rest[2] - axis->alpha, axis->m), 0);
+        }
+        pass_of(read_passes, axis)(&j);
         return;
     }
+    edge_job e = {.out = f->out, .out_step = f->out_step, .outer = f->outer, .inner = f->inner,
+                  .out_outer = f->out_outer, .out_inner = f->out_inner, .lanes = n};
+    for (int64_t k = 0; k < axis->alpha; k++) {
+        int inside = k >= w->low[2] && k < w->high[2];
+        e.in[k] = inside ? f->x + k * w->step[2] : zeros;
+        e.in_outer[k] = inside ? f->in_outer : 0;
+        e.in_inner[k] = inside ? f->in_inner : 0;
+    }
+    edge_passes[axis->r][axis->m](&e);
+}
+
+/* V = BT d of a tile: `vectors` vectors of channels, n valid lanes each, to v + point * v_point. If
+   tiles have one axis, of `count` tiles side by side. */
+static void input_vectors(const fc_winograd *p, const float *x, const tile_window *w,
+                          int64_t count, int64_t vectors, int64_t n, float *v, float *lines) {
+    int64_t a0 = p->axis[0].alpha, a1 = p->axis[1].alpha, a2 = p->axis[2].alpha;
+    int64_t area = a1 * a2, volume = a0 * area, passes = passes_of(p);
     const int64_t *low = w->low, *high = w->high;
-    int passes = passes_of(p), ahead = p->order[0], direct = !low[2] && high[2] == a2 && n == VL;
-    line_job j = {.in_step = VL};
-    /* The next tile begins m further along one axis; on the last one, what it shares is here. */
-    if (ahead == 2) {
-        j.next = a2 * w->step[2];
-        j.fresh = between(w->rest[2] - a2, 0, p->axis[2].m);
-    } else if (w->rest[ahead] > 1) {
-        j.next = w->step[ahead];
-        j.fresh = high[2];
+    const float *zeros = lines + volume * p->at_once * VL;
+    if (w->empty) {
+        for (int64_t i = 0; i < volume; i++)
+            for (int64_t tile = 0; tile < count; tile++)
+                clear_vectors(v + i * p->v_point + tile * p->v_row, vectors);
+        return;
     }
-    int64_t in0 = area * VL, in1 = a2 * VL, in_vector = volume * VL;
-    int64_t corner = low[0] * in0 + low[1] * in1;
-    if (direct) {
-        in0 = w->step[0], in1 = w->step[1], in_vector = VL;
-        j.in = x + (w->origin + low[0] * in0 + low[1] * in1);
-        j.in_step = w->step[2];
-    } else {
-        gather_rows(p, x, w, vectors, n, j.next, j.fresh, lines);
-        j.in = lines + corner;
-        j.fresh = 0;
+    first_pass f = {.out = v, .out_step = p->v_point, .outer = count, .inner = vectors};
+    f.x = x + (w->origin + low[0] * w->step[0] + low[1] * w->step[1]);
+    f.in_outer = w->step[p->order[0]], f.out_outer = p->v_row;
+    f.in_inner = f.out_inner = VL;
+    if (passes == 1) {
+        read_lines(p, w, n, &f, zeros);
+        return;
     }
-    line_pass read = pass_of(read_passes, &p->axis[2]);
-    j.out = lines + corner, j.out_step = VL;
-    j.inner = high[1] - low[1], j.in_inner = in1, j.out_inner = a2 * VL;
+    f.out = lines + (low[0] * area + low[1] * a2) * VL, f.out_step = VL;
+    f.inner = high[1] - low[1], f.in_inner = w->step[1], f.out_inner = a2 * VL;
     if (passes == 2)
-        j.outer = vectors, j.in_outer = in_vector, j.out_outer = volume * VL;
+        f.outer = vectors, f.in_outer = VL, f.out_outer = volume * VL;
     else
-        j.outer = high[0] - low[0], j.in_outer = in0, j.out_outer = area * VL;
+        f.outer = high[0] - low[0], f.in_outer = w->step[0], f.out_outer = area * VL;
     for (int64_t k = 0; k < (passes == 3 ? vectors : 1); k++) {
-        read(&j);
-        j.in += in_vector, j.out += volume * VL;
+        read_lines(p, w, n, &f, zeros);
+        f.x += VL, f.out += volume * VL;
     }
     for (int64_t k = 0; k < vectors; k++)
         for (int64_t i0 = low[0]; i0 < high[0]; i0++) {
@@ -188,10 +177,7 @@ static void input_tile(const fc_winograd *p, const float *x, const tile_place *p
                 for (int64_t c = 0; c < p->channels;) {
                     int64_t vectors = c < whole ? fc_min(p->at_once, (whole - c) / VL) : 1;
                     int64_t n = c < whole ? VL : p->channels - whole;
-                    if (passes_of(p) == 1)
-                        input_columns_of(p, x + c, &w, count, vectors, n, v + c, lines);
-                    else
-                        input_vectors(p, x + c, &w, vectors, n, v + c, lines);
+                    input_vectors(p, x + c, &w, count, vectors, n, v + c, lines);
                     c += vectors * VL;
                 }
             }
@@ -222,29 +208,13 @@ INLINE tile_target target_of(const fc_winograd *p, const tile_place *place) {
     return t;
 }
 
-/* y = low bound of (lines + bias + residual) where lines hold n valid lanes of a partial tile. */
-static void finish_lines(const fc_winograd *p, const tile_target *t, const float *lines, int64_t n,
-                         const float *bias, const float *residual, float *y) {
-    int64_t a1 = p->axis[1].alpha, a2 = p->axis[2].alpha;
-    vec shift = bias ? vload_n(bias, n) : vzero(), low = vset(activation_floor(p->activation));
-    for (int64_t i0 = 0; i0 < t->size[0]; i0++)
-        for (int64_t i1 = 0; i1 < t->size[1]; i1++)
-            for (int64_t i2 = 0; i2 < t->size[2]; i2++) {
-                int64_t at = i0 * t->step[0] + i1 * t->step[1] + i2 * t->step[2];
-                vec z = vload(lines + ((i0 * a1 + i1) * a2 + i2) * VL) + shift;
-                if (residual) z += vload_n(residual + at, n);
-                vstore_n(y + at, vmax(z, low), n);
-            }
-}
-
-/* y of one tile from m[point * m_point]: `vectors` vectors of channels, n valid lanes each. If the
-   tile has one axis and is whole, of `count` tiles side by side. */
+/* y of a tile from m[point * m_point]: `vectors` vectors of channels, n valid lanes each. If tiles
+   have one axis, of `count` tiles side by side. */
 static void output_vectors(const fc_winograd *p, const tile_target *t, int64_t count,
                            const float *m, int64_t vectors, int64_t n, const float *bias,
                            const float *residual, float *y, float *lines) {
     int64_t a1 = p->axis[1].alpha, a2 = p->axis[2].alpha, area = a1 * a2;
-    int64_t volume = p->axis[0].m * area, whole = t->size[2] == p->axis[2].m && n == VL;
-    int64_t aside = p->axis[p->order[0]].out_step;
+    int64_t volume = p->axis[0].m * area, aside = p->axis[p->order[0]].out_step;
     int passes = passes_of(p);
     line_job j = {.in = m, .in_inner = VL, .out = lines, .out_inner = volume * VL, .inner = vectors};
     if (passes == 3) {
@@ -264,24 +234,19 @@ static void output_vectors(const fc_winograd *p, const tile_target *t, int64_t c
         pass_of(output_passes, &p->axis[1])(&j);
     }
     line_job w = {.in = lines, .in_step = VL, .in_outer = a2 * VL, .in_inner = volume * VL};
+    w.out = y, w.out_step = t->step[2], w.out_outer = t->step[1], w.out_inner = VL;
     w.outer = t->size[1], w.inner = vectors;
-    w.out_step = t->step[2], w.out_outer = t->step[1], w.out_inner = VL;
     if (passes == 1) {
         w.in = m, w.in_step = p->m_point, w.in_inner = VL, w.in_outer = p->vectors * VL;
         w.outer = count, w.out_outer = aside;
     }
-    w.bias = bias, w.bias_inner = VL;
-    w.low = activation_floor(p->activation);
-    if (!whole) w.out_step = VL, w.out_outer = a2 * VL, w.out_inner = volume * VL;
-    for (int64_t i0 = 0; i0 < t->size[0]; i0++, w.in += area * VL) {
-        w.out = whole ? y + i0 * t->step[0] : lines + i0 * area * VL;
-        w.residual = residual ? residual + i0 * t->step[0] : NULL;
-        pass_of(whole ? write_passes : output_passes, &p->axis[2])(&w);
+    w.bias = bias, w.bias_inner = VL, w.residual = residual;
+    w.low = activation_floor(p->activation), w.lanes = n, w.valid = t->size[2];
+    for (int64_t i0 = 0; i0 < t->size[0]; i0++) {
+        pass_of(write_passes, &p->axis[2])(&w);
+        w.in += area * VL, w.out += t->step[0];
+        if (residual) w.residual += t->step[0];
     }
-    if (!whole)
-        for (int64_t k = 0; k < vectors; k++)
-            finish_lines(p, t, lines + k * volume * VL, n, bias ? bias + k * VL : NULL,
-                         residual ? residual + k * VL : NULL, y + k * VL);
     if (activates_later(p->activation))
         for (int64_t tile = 0; tile < count; tile++, y += aside)
             for (int64_t i0 = 0; i0 < t->size[0]; i0++)
@@ -293,19 +258,15 @@ static void output_vectors(const fc_winograd *p, const tile_target *t, int64_t c
 /* y of `count` tiles side by side and one panel of channels, m[point * m_point + column]. */
 static void output_tile(const fc_winograd *p, const fc_arrays *a, const tile_place *place,
                         int64_t count, int64_t panel, const float *m, float *lines) {
-    int64_t first = panel * p->vectors * VL, aside = p->axis[p->order[0]].out_step;
+    int64_t first = panel * p->vectors * VL;
     int64_t columns = fc_min(p->out_channels - first, p->vectors * VL);
     tile_target t = target_of(p, place);
     for (int64_t c = 0; c < columns;) {
         int64_t vectors = fc_max((columns - c) / VL, 1), n = vcount(columns, c);
         const float *bias = a->bias[0] ? a->bias[0] + first + c : NULL;
-        /* Tiles that are not whole are put together one by one. */
-        int64_t each = n == VL && t.size[2] == p->axis[2].m ? count : 1;
-        for (int64_t i = 0; i < count; i += each) {
-            int64_t at = t.at + first + c + i * aside;
-            output_vectors(p, &t, each, m + c + i * p->vectors * VL, vectors, n, bias,
-                           a->residual ? a->residual + at : NULL, a->y + at, lines);
-        }
+        int64_t at = t.at + first + c;
+        output_vectors(p, &t, count, m + c, vectors, n, bias,
+                       a->residual ? a->residual + at : NULL, a->y + at, lines);
         c += vectors * VL;
     }
 }

@@ -13,6 +13,7 @@ import cases
 import tolerance
 from fastconv.backends import kernel
 from fastconv.epilogue import ACTIVATIONS, Epilogue
+from fastconv.errors import UnsupportedError
 from fastconv.geometry import Geometry
 from fastconv.plan import CHANNELS_LAST, LAYOUTS, Plan
 from fastconv.transforms import transform
@@ -27,6 +28,8 @@ def _refusal(backend: str) -> str | None:
 BACKENDS = [b for b in cases.CPU_BACKENDS if _refusal(b) is None]
 backends = pytest.mark.parametrize("backend", BACKENDS)
 fast = pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
+C_BACKENDS = [b for b in BACKENDS if b == "c"]
+on_c = pytest.mark.parametrize("backend", C_BACKENDS)
 needs_numba = pytest.mark.skipif("numba" not in BACKENDS, reason="numba is not installed")
 
 # (tile, kernel, dtype, epilogue): few, since fast backends compile each; all that they tell apart
@@ -92,6 +95,95 @@ def test_the_reference_is_the_definition(data, geometry):
 @given(st.data(), cases.geometries(family="winograd", max_stride=1))
 def test_is_the_definition(backend, data, geometry):
     run_anything(backend, data, geometry)
+
+
+@on_c
+@settings(max_examples=60)
+@given(st.data(), cases.geometries(family="winograd", max_size=14, max_kernel=7, max_stride=3))
+def test_strided_axes_by_phases(backend, data, geometry):
+    epilogue = data.draw(cases.epilogues())
+    assume(kernel("winograd", backend).supports(geometry, "float32", epilogue) is None)
+    tile, layout = data.draw(any_tile(geometry)), data.draw(cases.layouts())
+    phased = data.draw(st.sampled_from((0, 1)))
+    check(plan_for(backend, geometry, tile, "float32", layout, epilogue, phased=phased))
+
+
+@on_c
+@pytest.mark.parametrize("stride", [2, (1, 2, 2), (3, 1, 2)])
+def test_strides_with_channels_beyond_a_register(backend, stride):
+    """Phases lie side by side in the rows of V, not each at the beginning of a register."""
+    for channels in (3, 17, 40):
+        geometry = Geometry.of((2, channels, 5, 13, 18), (37, channels, 3, 3, 5), stride, (1, 0, 3))
+        check(plan_for(backend, geometry, (2, 3, 4), epilogue=Epilogue(True, "relu", True)))
+
+
+@on_c
+@pytest.mark.parametrize("taps", range(2, 8))
+@pytest.mark.parametrize("outputs", range(1, 7))
+def test_every_compiled_transform(backend, outputs, taps):
+    line = Geometry.of((1, 18, 23), (20, 18, taps), 1, taps // 2)
+    check(plan_for(backend, line, (outputs,)))
+    plane = Geometry.of((1, 18, 9, 23), (20, 18, taps, taps), 1, taps // 2)
+    check(plan_for(backend, plane, (outputs, outputs)))
+
+
+@on_c
+def test_integers_are_exact(backend):
+    """F(2, 3) adds and halves: small integers, times what is halved on three axes, stay integers."""
+    geometry = Geometry.of((2, 37, 4, 9, 7), (21, 37, 3, 3, 3), 1, ((0, 1), (1, 1), (2, 0)))
+    rng = np.random.default_rng(0)
+    x = rng.integers(-4, 5, geometry.x_shape).astype(np.float32)
+    w = (8 * rng.integers(-4, 5, geometry.w_shape)).astype(np.float32)
+    for phased in (0, 1):
+        plan = plan_for(backend, geometry, (2, 2, 2), phased=phased)
+        y = cases.execute(plan, x, w)
+        assert np.array_equal(y, cases.execute(cases.on(plan, "reference"), x, w))
+
+
+@on_c
+@pytest.mark.parametrize("epilogue", [Epilogue(), Epilogue(True, "silu", True)])
+def test_bits_do_not_depend_on_the_schedule(backend, epilogue, monkeypatch):
+    """Fused in blocks of any size, phased, in rounds, on any number of threads."""
+    from fastconv.c_kernels import launch, winograd
+
+    geometry = Geometry.of((2, 40, 4, 13, 17), (70, 40, 3, 3, 3), 1, 1)
+    plan = plan_for(backend, geometry, (2, 4, 4), epilogue=epilogue)
+    arrays = cases.arrays_for(plan)
+    want = cases.execute(plan, *arrays)
+
+    def same(**config) -> bool:
+        variant = replace(plan, config=tuple(config.items()))
+        return np.array_equal(cases.execute(variant, *arrays), want)
+
+    assert same(tiles=1)
+    assert same(tiles=5)
+    assert same(tiles=33)
+    assert same(phased=1)
+    monkeypatch.setattr(winograd, "_PHASED_BYTES", 1 << 20)
+    assert same(phased=1, rounds=1)  # another plan: sizes are remembered
+    for count in (1, 3):
+        monkeypatch.setattr(launch, "threads", lambda count=count: count)
+        assert same(tiles=7)
+        assert same(phased=1)
+
+
+@on_c
+@pytest.mark.parametrize("phased", [0, 1])
+def test_c_runs_with_the_threads_that_the_workspace_is_for(backend, phased, monkeypatch):
+    from fastconv.c_kernels import launch, winograd
+
+    geometry = Geometry.of((1, 17, 4, 13, 17), (40, 17, 3, 3, 3), 1, 1)
+    plan = plan_for(backend, geometry, (2, 4, 4), phased=phased, tiles=3)
+    x, w, bias, residual = cases.arrays_for(plan)
+    want = cases.execute(plan, x, w, bias, residual)
+    monkeypatch.setattr(launch, "threads", lambda: 1)
+    with cases.isa_of(plan):
+        packed, workspace = winograd.prepack(w, plan), cases.Fenced((winograd.workspace_size(plan),))
+    monkeypatch.setattr(launch, "threads", lambda: 4)
+    y, x = cases.Fenced(geometry.y_shape, layout=plan.layout), cases.laid_out(x, plan.layout)
+    winograd.run(plan, x, packed, bias, residual, y.array, workspace.array)
+    workspace.check()
+    assert np.array_equal(y.array, want)
 
 
 @st.composite
@@ -269,6 +361,14 @@ def test_refusals_say_why():
 
     assert reason("reference", stride=2) is None
     assert reason("reference", w=(4, 4, 1, 1)) is not None
+    if C_BACKENDS:
+        assert reason("c", stride=2) is None
+        assert reason("c", w=(4, 4, 1, 1)) is not None
+        assert reason("c", dtype="float64") == "dtype float64 is not float32"
+        assert reason("c", w=(4, 4, 9, 3), padding=4) == (
+            "kernel (9, 3) has more than 7 taps per phase on an axis, for which no transform is "
+            "compiled"
+        )
     if "numba" not in BACKENDS:
         pytest.skip("numba is not installed")
     assert reason(w=(4, 2, 3, 3), groups=2) == "winograd is for one group, not 2"
@@ -278,3 +378,14 @@ def test_refusals_say_why():
     assert reason(stride=(1, 2)) == (
         "stride (1, 2) needs the polyphase split, which the numba backend does not have"
     )
+
+
+@pytest.mark.skipif(not C_BACKENDS, reason="the C backend is not available")
+def test_transforms_that_are_not_compiled_are_refused():
+    module, geometry = kernel("winograd", "c"), Geometry.of((1, 4, 30), (4, 4, 3), 1, 1)
+    w = np.zeros(geometry.w_shape, np.float32)
+    with pytest.raises(UnsupportedError, match=r"F\(8, 3\) is not compiled; it has F\(m, r\) for m"):
+        module.prepack(w, plan_for("c", geometry, (8,)))
+    other = replace(plan_for("c", geometry, (2,)), transforms=(transform(2, 3, (0, 1, 2)),))
+    with pytest.raises(UnsupportedError, match="for the default points only, not for 0, 1, 2"):
+        module.prepack(w, other)

@@ -32,11 +32,14 @@ CONFIGS: tuple[dict[str, int], ...] = (
 # Of the compiled programs: F(m, r) in csrc/programs.h.
 MOST_OUTPUTS, MOST_TAPS = 6, 7
 
-_BLOCK_BYTES = 1 << 20  # V and M of a fused block, about a second-level cache
-_PHASED_BYTES = 64 << 20  # V and M of all threads
-_LARGE_U_BYTES = 16 << 20  # beyond what a third-level cache may hold beside V and M
-_CORES_FED_BY_MEMORY = 4  # streaming U from memory, fused blocks of 14 rows take 36 GB/s per core
-_FEW_TILES, _MANY_TILES = 14, 112  # of a fused block
+# What blocks are chosen by, per core and nanosecond: multiplications per lane, bytes of the third
+# cache level, and bytes of memory that all cores share; measured on an AVX-512 server CPU.
+_PRODUCTS, _CACHE_BYTES, _MEMORY_BYTES = 7.6, 36.0, 40.0
+_TRANSFORM_BYTES = 40.0  # of V and M, there and back
+_SECOND_LEVEL, _LARGE = 1 << 20, 16 << 20  # bytes that stay in a core's cache, and in the shared one
+_BLOCK_NS, _STAGE_NS = 1000.0, 5000.0  # beginning a block; starting and joining all threads
+_MOST_TILES = 112  # of a fused block
+_THREAD_BYTES, _PHASED_BYTES = 16 << 20, 64 << 20  # V and M of a fused block, of a phased round
 # As many as OpenMP had at import: schedules must not change between packing and running.
 _CORES = max(1, int(launch.lib.fc_max_threads()))
 
@@ -113,44 +116,68 @@ class _Schedule:
         self.v_row = launch.lines(self.depth - geometry.in_channels + whole)
         passes = sum(t.alpha > 1 for t in lifted)
         self.at_once = (16, 4, 1)[passes - 1]
-        self.lines = launch.lines(self.points * max(self.at_once, self.vectors) * lanes)
+        self.lines = launch.lines((self.points * max(self.at_once, self.vectors) + 1) * lanes)
         self._choose_tiles(plan.options)
         # A cache line more between points, so that they do not fall on the same cache set.
         self.v_point = self.tiles * self.v_row + launch.LINE
         self.m_point = launch.lines(self.tiles * self.width) + launch.LINE
         self.m_panel = self.points * self.m_point if self.phased else 0
+        product = self.depth * self.width
+        self.u_point = product * (self.panels if self.phased else 1)
+        self.u_panel = product * (1 if self.phased else self.points)
         self.v_size = self.points * self.v_point
         self.m_size = self.points * self.m_point * (self.panels if self.phased else 1)
         both = self.v_size + self.m_size
         self.shared, self.each = (both, self.lines) if self.phased else (0, both + self.lines)
 
     def _choose_tiles(self, options: dict[str, int]) -> None:
-        u_bytes = 4 * self.points * self.depth * self.width * self.panels
-        few = self.total < _CORES * _FEW_TILES // 2
-        large = u_bytes > _LARGE_U_BYTES
-        self.phased = bool(options.get("phased", few or (large and _CORES > _CORES_FED_BY_MEMORY)))
-        m_panels = self.panels if self.phased else 1
-        tile_bytes = 4 * self.points * (self.v_row + m_panels * self.width)
-        if self.phased:
-            rounds = -(-self.total // max(_FEW_TILES, _PHASED_BYTES // tile_bytes))
-            self.tiles = max(1, -(-self.total // max(rounds, 1)))
+        """Fused or phased, and tiles per block: what should take the shortest time."""
+        if options.get("phased") or not self.total:
+            fused: list[int] = []
+        elif "tiles" in options:
+            fused = [options["tiles"]]
         else:
-            most = min(max(_BLOCK_BYTES // tile_bytes, _FEW_TILES), _MANY_TILES)
-            self.tiles = options.get("tiles", self._fused_tiles(most, large))
-        self.group = max(1, min(self.tiles, -(-self.total // (4 * _CORES)), 8))
+            most = max(1, min(_THREAD_BYTES // self._bytes(1, 1), _MOST_TILES, self.total))
+            fused = list(range(1, most + 1))
+        best = min(fused, key=lambda tiles: (self._fused_ns(tiles), tiles), default=0)
+        rounds = -(-self.total * self._bytes(1, self.panels) // _PHASED_BYTES)
+        each = max(1, -(-self.total // max(rounds, 1)))
+        if "tiles" in options or "phased" in options:
+            self.phased = not best
+        else:
+            self.phased = not best or self._phased_ns(each) < self._fused_ns(best)
+        self.tiles = each if self.phased else best
+        self.group = max(1, min(8, -(-self.tiles // (4 * _CORES))))
 
-    def _fused_tiles(self, most: int, large: bool) -> int:
-        """Tiles per fused block, at most `most`, that keep all cores busy and row blocks full."""
-        rows = block_rows(self.vectors)
-        streaming = _FEW_TILES if large else 4  # tiles multiplied in the time that U streams by
+    def _bytes(self, tiles: int, panels: int) -> int:
+        """Of V and M."""
+        return 4 * self.points * tiles * (self.v_row + panels * self.width)
 
-        def duration(tiles: int) -> int:
-            blocks = -(-self.total // tiles)
-            full, rest = divmod(tiles, rows)
-            products = full * rows + min(rows, rest + 2 * (rest > 0))
-            return -(-blocks // _CORES) * (max(products, streaming) + 2)  # 2: calls and tails
+    def _products_ns(self, tiles: int) -> float:
+        """A core's time for the products of some tiles: in blocks of equal height, of which low
+        ones wait for their weights, and all have their beginning and end."""
+        blocks = -(-tiles // block_rows(self.vectors))
+        rows = blocks * (max(-(-tiles // blocks), 5) + 1)
+        return rows * self.points * self.depth * self.panels * self.vectors / _PRODUCTS
 
-        return min(range(1, most + 1), key=lambda tiles: (duration(tiles), tiles))
+    def _weights_ns(self, sharing: int) -> float:
+        """Time for reading U once while so many cores read theirs."""
+        u_bytes = 4 * self.points * self.depth * self.width * self.panels
+        return u_bytes * sharing / _MEMORY_BYTES if u_bytes > _LARGE else u_bytes / _CACHE_BYTES
+
+    def _fused_ns(self, tiles: int) -> float:
+        blocks = -(-self.total // tiles)
+        weights = self._weights_ns(min(blocks, _CORES))
+        products = max(self._products_ns(tiles), weights) + 0.1 * weights
+        transforms = self._bytes(tiles, self.panels) / _TRANSFORM_BYTES
+        spilt = max(0, self._bytes(tiles, 1) - _SECOND_LEVEL) / _CACHE_BYTES
+        return -(-blocks // _CORES) * (products + transforms + spilt + _BLOCK_NS)
+
+    def _phased_ns(self, tiles: int) -> float:
+        products = max(self._products_ns(tiles), self._weights_ns(1)) / _CORES
+        v_m = self._bytes(tiles, self.panels)
+        transforms = v_m / _TRANSFORM_BYTES * (1.5 if v_m < _LARGE else 2.0) / _CORES
+        return -(-self.total // tiles) * (products + transforms + 3 * _STAGE_NS)
 
     def params(self, plan: Plan) -> dict[str, object]:
         """An initialiser of fc_winograd."""
@@ -196,6 +223,8 @@ class _Schedule:
             "v_point": self.v_point,
             "m_point": self.m_point,
             "m_panel": self.m_panel,
+            "u_point": self.u_point,
+            "u_panel": self.u_panel,
             "v_size": self.v_size,
             "m_size": self.m_size,
             "lines": self.lines,
@@ -214,8 +243,8 @@ def workspace_size(plan: Plan) -> int:
 
 
 def prepack(weights: np.ndarray, plan: Plan) -> launch.Packed:
-    """U = G g along every axis, (panels, points, phases * channels, width), computed in float64 and
-    rounded once.
+    """U = G g along every axis, computed in float64 and rounded once: (panels, points,
+    phases * channels, width), or with points first if phased.
 
     Raises UnsupportedError for transforms that are not compiled: other than the default points, or
     more outputs or taps than the largest.
@@ -223,15 +252,15 @@ def prepack(weights: np.ndarray, plan: Plan) -> launch.Packed:
     _check_compiled(plan.transforms)
     schedule = _Schedule(plan, launch.lanes())
     w = np.reshape(weights, schedule.geometry.lifted().w_shape)
-    # A point more behind the last: products ask for what follows the one they use.
+    # A product more behind the last: products ask for what follows the one they use.
+    outer = (schedule.points, schedule.panels) if schedule.phased else (schedule.panels, schedule.points)
     chunk = schedule.depth * schedule.width
-    store = launch.aligned(schedule.panels * schedule.points * chunk + chunk)
-    u = store[:-chunk].reshape(
-        schedule.panels, schedule.points, schedule.depth, schedule.width
-    )
+    store = launch.aligned((prod(outer) + 1) * chunk)
+    u = store[:-chunk].reshape(*outer, schedule.depth, schedule.width)
+    by_panel = u.swapaxes(0, 1) if schedule.phased else u
     for panel in range(schedule.panels):
         part = w[panel * schedule.width : (panel + 1) * schedule.width]
-        u[panel, :, :, : part.shape[0]] = _transformed(part, schedule)
+        by_panel[panel, :, :, : part.shape[0]] = _transformed(part, schedule)
     params = launch.ffi.new("fc_winograd *", schedule.params(plan))
     return launch.Packed(plan, store, params, schedule.shared, schedule.each)
 
