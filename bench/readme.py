@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -35,7 +36,7 @@ def write(root: Path | None = None) -> Path:
     if not files:
         raise UnsupportedError("bench: no results in bench/results; `bench all --json` makes some")
     text = readme.read_text(encoding="utf-8")
-    sections = {
+    sections: dict[str, Callable[[], str]] = {
         BENCH: lambda: "\n\n".join(section(results.read(file)) for file in files),
         ERRORS: lambda: "\n".join(errors.table(errors.measured())),
     }

@@ -14,7 +14,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 MODULE = "fastconv.c_kernels._csrc"
 # What Python may call: read by cffi, so each is free of preprocessor lines.
-HEADERS = ("fastconv.h", "winograd.h", "grouped.h", "hfa.h")
+HEADERS = ("fastconv.h", "winograd.h", "depthwise.h", "grouped.h", "hfa.h", "continual.h")
 SOURCES = ("fastconv.c", "isa_avx512.c", "isa_avx2.c", "isa_plain.c")
 # F(m, r) with compiled programs; `fastconv.c_kernels.programs` refuses others.
 TILES, TAPS = range(1, 7), range(2, 8)
@@ -28,7 +28,9 @@ def glue() -> str:
     for name in HEADERS:
         ffi.cdef((HERE / name).read_text())
     includes = "".join(f'#include "{name}"\n' for name in HEADERS)
-    ffi.set_source(MODULE, f"#include <stddef.h>\n#include <stdint.h>\n{includes}", py_limited_api=True)
+    ffi.set_source(
+        MODULE, f"#include <stddef.h>\n#include <stdint.h>\n{includes}", py_limited_api=True
+    )
     return _emitted(ffi)
 
 
@@ -52,7 +54,10 @@ def programs() -> str:
     for r in TAPS:
         for m in TILES:
             t = transform(m, r)
-            lines += [*_function(f"bt_{m}_{r}", t.input_program), *_function(f"at_{m}_{r}", t.output_program)]
+            lines += [
+                *_function(f"bt_{m}_{r}", t.input_program),
+                *_function(f"at_{m}_{r}", t.output_program),
+            ]
     pairs = "".join(f" X({m}, {r}, {m + r - 1})" for r in TAPS for m in TILES)
     return "\n".join([*lines, f"#define EACH_PROGRAM(X){pairs}", ""])
 

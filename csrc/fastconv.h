@@ -12,7 +12,8 @@ enum { FC_NONE, FC_RELU, FC_SILU, FC_HARDSWISH, FC_SIGMOID };
 /* isa         index of the instruction set that the weights were packed for
    family      index of the kernel, FC_WINOGRAD and so on
    contiguous  x, residual and y are (N, C, *size) in C order and go through transposed copies
-   in_points, out_points  product of the spatial sizes: what the copies hold per channel
+   in_points, out_points  product of the spatial sizes: what the copies hold per channel; of a
+               stream those of one frame
    params      of the family, of a type that its header declares */
 enum { FC_FAMILIES = 8 };
 typedef struct {
@@ -33,6 +34,12 @@ int fc_max_threads(void);
 
 /* Elements that fc_run takes from the workspace for transposed copies, before the family's own. */
 int64_t fc_copies_size(const fc_plan *plan);
+
+/* One step of an FC_CONTINUAL plan. state (N, C, ring, *frame) and steps, one every `steps_stride`,
+   are written; the rest is as for fc_run. */
+void fc_step(const fc_plan *plan, intptr_t x, intptr_t weights, intptr_t bias, intptr_t residual,
+             intptr_t state, intptr_t steps, int64_t steps_stride, intptr_t y, intptr_t workspace,
+             int threads);
 
 /* Run a plan: weights as its family packs them, three biases for hfa. The workspace holds
    fc_copies_size plus the family's own elements, with whatever alignment. */

@@ -9,6 +9,7 @@
 #include "winograd.h"
 #include "grouped.h"
 #include "hfa.h"
+#include "continual.h"
 #include "families.h"
 
 #define FC_LINE 16 /* floats of a cache line */
@@ -29,9 +30,11 @@ typedef struct {
     int lanes;
     int (*usable)(void);
     fc_kernel run[FC_FAMILIES];
-    /* Each of `images` matrices (rows, columns) in C order to (columns, rows). */
-    void (*transpose)(const float *from, float *to, int64_t images, int64_t rows, int64_t columns,
-                      int threads);
+    /* A column of a stream from the frames (N, taps) that its taps read. */
+    void (*step)(const fc_continual *params, const fc_arrays *arrays, const float *const *frames);
+    /* Each of `images` matrices (rows, columns), rows from_stride apart, to (columns, rows). */
+    void (*transpose)(const float *from, int64_t from_stride, float *to, int64_t images,
+                      int64_t rows, int64_t columns, int threads);
 } fc_isa;
 
 /* Call item(context, i, thread) for every i below items, in any order; thread < threads. */

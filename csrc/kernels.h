@@ -8,11 +8,13 @@
 #include "winograd.c"
 #include "grouped.c"
 #include "hfa.c"
+#include "continual.c"
 
 const fc_isa ISA = {
     .name = ISA_NAME,
     .lanes = VL,
     .usable = usable,
     .transpose = transpose,
+    .step = continual_frames,
     .run = {[FC_WINOGRAD] = winograd_run, [FC_GROUPED] = grouped_run, [FC_HFA] = hfa_run},
 };

@@ -9,8 +9,11 @@ export FASTCONV_OPENMP=0
 if [[ $sanitizers == address* ]]; then
     FASTCONV_OPENMP=1
 fi
-# A build with other flags would pass for this one.
-rm -rf "$folder" build/lib.* build/temp.* && mkdir -p "$folder"
+# A build with other flags would pass for this one, and this one for others.
+clear_build() { rm -rf build/lib.* build/temp.*; }
+trap clear_build EXIT
+clear_build
+rm -rf "$folder" && mkdir -p "$folder"
 CFLAGS="-O1 -g -fno-omit-frame-pointer -fsanitize=$sanitizers -fno-sanitize-recover=all" \
     LDFLAGS="-fsanitize=$sanitizers" \
     "$python" -m pip install --disable-pip-version-check --quiet --no-index --no-deps \

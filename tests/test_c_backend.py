@@ -87,9 +87,9 @@ except fastconv.BackendError as error:
 def test_forcing_refuses_what_cannot_run():
     from fastconv.c_kernels import launch
 
-    with pytest.raises(BackendError, match="instruction set 'sve' cannot run here"):
-        with launch.forced("sve"):
-            pass
+    refusal = pytest.raises(BackendError, match="instruction set 'sve' cannot run here")
+    with refusal, launch.forced("sve"):
+        pass
 
 
 def test_what_is_packed_runs_on_its_own_instruction_set():
@@ -152,9 +152,8 @@ def test_several_python_threads_at_once():
     wrong = []
 
     def work() -> None:
-        for _ in range(20):
-            if not np.array_equal(cases.execute(plan, *arrays), want):
-                wrong.append(1)
+        results = (cases.execute(plan, *arrays) for _ in range(20))
+        wrong.extend(y for y in results if not np.array_equal(y, want))
 
     workers = [threading.Thread(target=work) for _ in range(4)]
     for worker in workers:

@@ -51,7 +51,8 @@ class Stream:
         self.module = kernel("continual", plan.backend)
         reason = self.module.supports(plan.geometry, plan.dtype, plan.epilogue)
         assert reason is None, reason
-        self.packed = self.module.prepack(w, plan)
+        with cases.isa_of(plan):
+            self.packed = self.module.prepack(w, plan)
         n, c, span, *frame = plan.geometry.x_shape
         self.state = cases.Fenced((n, c, span - 1, *frame), plan.dtype, plan.layout)
         self.state.array[...] = 0
@@ -62,7 +63,8 @@ class Stream:
         plan = self.plan
         n, k, _, *out = plan.geometry.y_shape
         y = cases.Fenced((n, k, *out), plan.dtype, plan.layout)
-        workspace = cases.Fenced((self.module.workspace_size(plan),), plan.dtype)
+        with cases.isa_of(plan):
+            workspace = cases.Fenced((self.module.workspace_size(plan),), plan.dtype)
         x, residual = (a if a is None else cases.laid_out(a, plan.layout) for a in (x, residual))
         before = x.copy()
         self.module.run(

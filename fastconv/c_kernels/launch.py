@@ -18,8 +18,8 @@ import numpy as np
 
 from ..epilogue import ACTIVATIONS, Epilogue
 from ..errors import BackendError
-from ..geometry import Geometry, SeparableGeometry
-from ..plan import CONTIGUOUS, Plan
+from ..geometry import Geometry
+from ..plan import CHANNELS_LAST, CONTIGUOUS, Plan
 from ._csrc import ffi, lib
 
 FAMILIES = ("winograd", "depthwise", "grouped", "hfa", "continual")  # csrc/families.h
@@ -70,9 +70,7 @@ def forced(name: str) -> Iterator[None]:
     global _isa
     usable = instruction_sets()
     if name not in usable:
-        raise BackendError(
-            f"instruction set {name!r} cannot run here. Usable: {', '.join(usable)}"
-        )
+        raise BackendError(f"instruction set {name!r} cannot run here. Usable: {', '.join(usable)}")
     before, _isa = _isa, name
     try:
         yield
@@ -111,18 +109,23 @@ def lines(size: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def _copies_size(plan: Plan) -> int:
-    return int(lib.fc_copies_size(_c_plan(plan, ffi.NULL)))
+def copies_size(plan: Plan) -> int:
+    """Floats in front of a family's own: transposed copies and, of a stream, a table of frames."""
+    params = ffi.NULL
+    if plan.family == "continual":
+        params = ffi.new("fc_continual *", {"taps": plan.geometry.kernel[0]})
+    return int(lib.fc_copies_size(_c_plan(plan, params)))
 
 
 def workspace_elements(plan: Plan, shared: int, each: int) -> int:
     """Floats of a workspace: transposed copies, what all threads share, and what each has."""
-    return _copies_size(plan) + lines(shared) + threads() * lines(each)
+    return copies_size(plan) + lines(shared) + threads() * lines(each)
 
 
 def _c_plan(plan: Plan, params: Any) -> Any:
     last = plan.epilogue[-1] if isinstance(plan.epilogue, tuple) else plan.epilogue
     geometry = plan.geometry
+    first = 3 if plan.family == "continual" else 2  # of the axes that the copies hold
     return ffi.new(
         "fc_plan *",
         {
@@ -133,8 +136,8 @@ def _c_plan(plan: Plan, params: Any) -> Any:
             "batch": geometry.x_shape[0],
             "in_channels": geometry.x_shape[1],
             "out_channels": geometry.y_shape[1],
-            "in_points": prod(geometry.x_shape[2:]),
-            "out_points": prod(geometry.y_shape[2:]),
+            "in_points": prod(geometry.x_shape[first:]),
+            "out_points": prod(geometry.y_shape[first:]),
             "params": params,
         },
     )
@@ -170,7 +173,7 @@ class Packed:
     shared, each  floats of workspace for all threads together and for every thread, lines each
     """
 
-    __slots__ = ("_copies", "_keep", "_plan", "_weights", "each", "shared")
+    __slots__ = ("_address", "_copies", "_keep", "_plan", "each", "params", "shared", "weights")
 
     def __init__(
         self,
@@ -181,31 +184,51 @@ class Packed:
         each: int = 0,
         keep: Sequence[Any] = (),
     ) -> None:
-        self._plan = _c_plan(plan, params)
-        self._keep = (weights, params, *keep)
-        self._weights = address(weights)
-        self._copies = _copies_size(plan)
+        self.weights, self.params, self._keep = weights, params, keep
         self.shared, self.each = lines(shared), lines(each)
+        self._plan = _c_plan(plan, params)
+        self._address = address(weights)
+        self._copies = copies_size(plan)
 
     def run(self, x: Any, bias: Any, residual: Any, y: Any, workspace: Any) -> None:
-        """One call; no more threads than the workspace was made for."""
-        count = threads()
-        if self.each:
-            room = workspace.size if isinstance(workspace, np.ndarray) else workspace.numel()
-            count = min(count, (room - self._copies - self.shared) // self.each)
+        """One call of a plan."""
         biases = bias if isinstance(bias, tuple) else (bias, None, None)
         lib.fc_run(
             self._plan,
             address(x),
-            self._weights,
+            self._address,
             address(biases[0]),
             address(biases[1]),
             address(biases[2]),
             address(residual),
             address(y),
             address(workspace),
-            count,
+            self._threads(workspace),
         )
+
+    def step(
+        self, x: Any, bias: Any, residual: Any, state: Any, steps: Any, y: Any, workspace: Any
+    ) -> None:
+        """One step of a stream."""
+        lib.fc_step(
+            self._plan,
+            address(x),
+            self._address,
+            address(bias),
+            address(residual),
+            address(state),
+            address(steps),
+            steps.strides[0] // 8 if isinstance(steps, np.ndarray) else steps.stride(0),
+            address(y),
+            address(workspace),
+            self._threads(workspace),
+        )
+
+    def _threads(self, workspace: Any) -> int:
+        """No more threads than the workspace was made for."""
+        if not self.each:
+            return threads()
+        return min(threads(), (workspace.size - self._copies - self.shared) // self.each)
 
 
 def refuse_dtype(dtype: str) -> str | None:
@@ -213,4 +236,4 @@ def refuse_dtype(dtype: str) -> str | None:
     return None if dtype == "float32" else f"dtype {dtype} is not float32"
 
 
-__all__ = ["Packed", "SeparableGeometry", "ffi", "lib"]
+__all__ = ["CHANNELS_LAST", "Packed", "ffi", "lib"]
