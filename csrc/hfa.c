@@ -25,13 +25,6 @@ typedef struct {
     int64_t image, frame, first, last, left, right, origin, in_left, in_right;
 } hfa_item;
 
-/* Loads wait for earlier stores to the same place within a page, and the transform stores a little
-   behind the place that it reads: V begins a quarter page further, in a page of its own. */
-INLINE float *behind(float *v, const float *x) {
-    uintptr_t page = 4096, wanted = ((uintptr_t)x + page / 4) & (page - 64);
-    return v + ((wanted - (uintptr_t)v) & (page - 1)) / sizeof *v;
-}
-
 /* Ask for the input of `pixels` from (row, column) on. */
 static void ask_input(const hfa_item *t, hfa_queue *queue, int64_t row, int64_t column,
                       int64_t pixels) {
@@ -74,7 +67,6 @@ static void hfa_temporal(const hfa_item *t, hfa_queue *queue, int64_t row, int64
     int64_t place = (row * g->in_size[2] + column) * channels;
     int64_t start = t->frame * stride - g->pad[0]; /* of the first tap */
     int direct = p->time.outputs == 1;
-    float *v = behind(t->v, x + place);
     int64_t points = direct ? 1 : p->time.alpha, segments = p->time.phases, first_tap = 0;
     int64_t weights = segments; /* per point and panel */
     if (direct) {
@@ -95,7 +87,7 @@ static void hfa_temporal(const hfa_item *t, hfa_queue *queue, int64_t row, int64
                                 .low = low,
                                 .high = high,
                                 .count = count,
-                                .v = v + phase * p->chunk * channels,
+                                .v = t->v + phase * p->chunk * channels,
                                 .v_point = p->v_point};
             transform_frames(&p->time, &in);
         }
@@ -110,7 +102,7 @@ static void hfa_temporal(const hfa_item *t, hfa_queue *queue, int64_t row, int64
         for (int64_t point = 0; point < points; point++, u += depth) {
             if (!direct)
                 for (int64_t s = 0; s < segments; s++)
-                    t->sources[s] = v + point * p->v_point + s * p->chunk * channels;
+                    t->sources[s] = t->v + point * p->v_point + s * p->chunk * channels;
             gemm_job job = {.a = t->sources,
                             .a_stride = channels,
                             .segments = segments,
@@ -179,7 +171,8 @@ static void hfa_direct(const hfa_item *t, int64_t frame, int64_t top, int64_t co
                       .valid = g->out_channels,
                       .bias = t->a->bias[1],
                       .low = activation_floor(p->activation[1])};
-    for (int64_t c = 0; c < wide; c += p->tile) /* rows inside: they share what they read */
+    /* Row after row of a tile, as neighbours read the same. */
+    for (int64_t c = 0; c < wide; c += p->tile)
         for (int64_t r = 0; r < count; r++) {
             int64_t start = (top + r) * g->stride[1] - g->pad[1];
             int64_t first = fc_min(fc_max(0, -start), g->kernel[1]);
@@ -199,6 +192,7 @@ static void hfa_fast(const hfa_item *t, int64_t frame, int64_t top, int64_t coun
     const fc_geometry *g = &p->depthwise;
     const float *bias = t->a->bias[1];
     int64_t wide = t->right - t->left, m1 = p->high.outputs, m2 = p->wide.outputs;
+    const float *ring = t->ring + frame * p->slots * p->columns * p->channels;
     vec low = vset(activation_floor(p->activation[1]));
     for (int64_t r = 0; r < count; r += m1)
         for (int64_t c = 0; c < wide; c += m2)
@@ -209,7 +203,7 @@ static void hfa_fast(const hfa_item *t, int64_t frame, int64_t top, int64_t coun
                     .stride_high = g->stride[1],
                     .stride_wide = g->stride[2],
                     .channels = p->channels,
-                    .ring = t->ring + (frame * p->slots * p->columns + c * g->stride[2]) * p->channels + j,
+                    .ring = ring + c * g->stride[2] * p->channels + j,
                     .row_size = p->columns * p->channels,
                     .slots = p->slots,
                     .first_row = (top + r) * g->stride[1] - g->pad[1],
@@ -284,8 +278,8 @@ static void hfa_output(const hfa_item *t, int64_t top, int64_t count, int64_t ne
 /* Zeros into the ring's columns outside the image. */
 static void hfa_clear(const hfa_item *t) {
     const fc_hfa *p = t->p;
-    int64_t before = fc_max(0, fc_min(t->in_left - t->origin, p->columns)), inside = fc_max(0, t->in_right - t->in_left);
-    int64_t behind = p->columns - before - inside;
+    int64_t before = fc_max(0, fc_min(t->in_left - t->origin, p->columns));
+    int64_t inside = t->in_right - t->in_left, behind = p->columns - before - inside;
     for (int64_t row = 0; row < p->time.outputs * p->slots; row++) {
         float *z = t->ring + row * p->columns * p->channels;
         memset(z, 0, (size_t)(before * p->channels) * sizeof *z);
@@ -293,12 +287,18 @@ static void hfa_clear(const hfa_item *t) {
     }
 }
 
+/* Rows per strip: whole depthwise tiles, so that results do not depend on the number of strips. */
+INLINE int64_t strip_rows(const fc_hfa *p, int64_t strips) {
+    int64_t m = p->high.outputs;
+    return fc_ceil_div(fc_ceil_div(p->pointwise.out_size[1], strips), m) * m;
+}
+
 static void hfa_one(void *context, int64_t item, int thread) {
     const hfa_call *call = context;
     const fc_hfa *p = call->p;
     const fc_geometry *g = &p->depthwise;
     int64_t height = g->in_size[1], m1 = p->high.outputs, m2 = p->wide.outputs;
-    int64_t each = fc_ceil_div(g->out_size[1], call->strips);
+    int64_t each = strip_rows(p, call->strips);
     float *mine = call->a->workspace + thread * p->each;
     hfa_item t = {.p = p,
                   .a = call->a,
@@ -345,7 +345,7 @@ static int64_t hfa_strips(const fc_hfa *p, int64_t items, int threads) {
     int64_t best = 1;
     double least = 0;
     for (int64_t strips = 1; strips <= fc_min(g->out_size[1], 2 * threads); strips++) {
-        int64_t rows = fc_ceil_div(g->out_size[1], strips);
+        int64_t rows = strip_rows(p, strips);
         double in = (double)((rows - 1) * g->stride[1] + p->window[0]);
         double cost = in * p->row_cost[0] + (double)rows * p->row_cost[1];
         cost *= (double)fc_ceil_div(items * strips, threads);

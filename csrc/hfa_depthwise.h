@@ -88,13 +88,15 @@ INLINE void window_tile(const window_job *t, int tile, int taps, int stride) {
     static void window_##tile##_##taps##_##stride(const window_job *t) {                       \
         window_tile(t, tile, taps, stride);                                                    \
     }
-#define WINDOWS(tile) WINDOW(tile, 0, 0) WINDOW(tile, 3, 1) WINDOW(tile, 3, 2) WINDOW(tile, 5, 1)
+#define WINDOWS(tile)                                                                          \
+    WINDOW(tile, 0, 0) WINDOW(tile, 3, 1) WINDOW(tile, 3, 2) WINDOW(tile, 5, 1) WINDOW(tile, 7, 1)
 WINDOWS(4) WINDOWS(7) WINDOWS(8)
 
 #define WINDOW_CALL(tile, t, taps, stride)                                                     \
     (taps == 3 && stride == 1   ? window_##tile##_3_1(t)                                       \
      : taps == 3 && stride == 2 ? window_##tile##_3_2(t)                                       \
      : taps == 5 && stride == 1 ? window_##tile##_5_1(t)                                       \
+     : taps == 7 && stride == 1 ? window_##tile##_7_1(t)                                       \
                                 : window_##tile##_0_0(t))
 
 INLINE void depthwise_tile(const window_job *t, int64_t tile, int64_t stride) {

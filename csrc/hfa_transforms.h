@@ -127,8 +127,10 @@ static void line_matrix(const float *matrix, int64_t inputs, int64_t outputs, co
                         int64_t from_step, float *to, int64_t to_step) {
     for (int64_t i = 0; i < outputs; i++) {
         vec sum = vzero();
-        for (int64_t j = 0; j < inputs; j++)
-            if (matrix[i * inputs + j] != 0) sum += vload(from + j * from_step) * matrix[i * inputs + j];
+        for (int64_t j = 0; j < inputs; j++) {
+            float factor = matrix[i * inputs + j];
+            if (factor != 0) sum += vload(from + j * from_step) * factor;
+        }
         vstore(to + i * to_step, sum);
     }
 }

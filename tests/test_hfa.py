@@ -288,7 +288,7 @@ def test_transforms_without_compiled_programs(backend, transforms):
 
 
 @in_c
-@pytest.mark.parametrize("outputs", [(1, 1), (4, 1), (4, 2)])
+@pytest.mark.parametrize("outputs", [(1, 1), (4, 1), (4, 2), (2, 3)])
 def test_bits_do_not_depend_on_threads_or_bands(backend, outputs, monkeypatch):
     """More threads take strips of rows, wide images are cut into bands of columns."""
     from fastconv.c_kernels import hfa, launch

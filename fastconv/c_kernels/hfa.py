@@ -27,7 +27,6 @@ TILES, TAPS = range(1, 7), range(2, 8)
 STEP_PIXELS = 224  # of output rows per step
 CHUNK_PIXELS = 28  # of the temporal stage at a time
 CHUNK_BYTES = 1 << 20  # of V
-PAGE, POINT_SHIFT = 1024, 64  # V of neighbouring points lies at other places of a page
 RING_BYTES, BAND_BYTES = 1 << 20, 4 << 20  # fewer rows, then bands of columns, beyond
 LEAST_BAND = 28
 DIRECT_TILES = (8, 7, 4)  # columns that the direct depthwise stage computes together
@@ -134,12 +133,12 @@ def _cut(plan: Plan, lanes: int) -> _Cut:
     width, depth = vectors * lanes, time.phases * temporal.in_channels
     points = time.t.alpha if time.t.m > 1 else 1
     chunk = _chunk(points * depth, vectors)
-    v_point = -(-(chunk * depth + lanes) // PAGE) * PAGE + POINT_SHIFT
+    v_point = launch.lines(chunk * depth + lanes) + launch.LINE
     m_point = launch.lines(chunk * width) + launch.LINE
     parts = (
         2 * max(temporal.kernel[0], time.phases),
         time.t.m * ring_rows(rows) * ring_columns(band) * channels,
-        points * v_point + PAGE if time.t.m > 1 else 0,
+        points * v_point if time.t.m > 1 else 0,
         points * m_point,
         (rows * band + tile) * channels,
         3 * high.t.alpha * wide.t.alpha * lanes if fast else 0,
