@@ -331,9 +331,10 @@ static void lanes_run(const fc_grouped *p, const fc_arrays *a, const float *cons
     int64_t strips = g->batch * c.chunks * c.down * c.across, best = INT64_MAX;
     if (!strips) return;
     for (int64_t times = 1; times <= g->out_size[0]; times++) {
-        /* Each part packs the frames in front of its first output again: a third of the work. */
+        /* Each part packs the frames in front of its first output again: a sixth of the work. */
         int64_t frames_each = fc_ceil_div(g->out_size[0], times);
-        int64_t busiest = fc_ceil_div(strips * times, threads) * (6 * frames_each + (times > 1) * (g->kernel[0] - 1));
+        int64_t again = times > 1 ? g->kernel[0] - 1 : 0;
+        int64_t busiest = fc_ceil_div(strips * times, threads) * (6 * frames_each + again);
         if (busiest < best) {
             best = busiest;
             c.times = times;
