@@ -119,12 +119,11 @@ INLINE void write_body(int m, int alpha, line_program program, int whole, const 
             }
             UNROLL
             for (int k = 0; k < m; k++, at += j.out_step) {
-                if (k >= valid) break;
-                if (j.residual)
+                if (j.residual && k < valid)
                     y[k] += whole ? vload(j.residual + at) : vload_n(j.residual + at, n);
                 if (whole)
                     vstore(j.out + at, vmax(y[k], low));
-                else
+                else if (k < valid)
                     vstore_n(j.out + at, vmax(y[k], low), n);
             }
         }

@@ -83,8 +83,9 @@ static void read_lines(const fc_winograd *p, const tile_window *w, int64_t n, co
     const fc_winograd_axis *axis = &p->axis[2];
     int ahead = p->order[0];
     if (n == VL && !w->low[2] && w->high[2] == axis->alpha) {
-        line_job j = {f->x, f->out, w->step[2], f->out_step, f->outer, f->in_outer, f->out_outer,
-                      f->inner, f->in_inner, f->out_inner};
+        line_job j = {.in = f->x, .in_step = w->step[2], .out = f->out, .out_step = f->out_step};
+        j.outer = f->outer, j.in_outer = f->in_outer, j.out_outer = f->out_outer;
+        j.inner = f->inner, j.in_inner = f->in_inner, j.out_inner = f->out_inner;
         /* The next tile begins m further along one axis; what it shares with this one is here. */
         if (ahead == 2) {
             j.next = axis->alpha * w->step[2];
@@ -216,7 +217,8 @@ static void output_vectors(const fc_winograd *p, const tile_target *t, int64_t c
     int64_t a1 = p->axis[1].alpha, a2 = p->axis[2].alpha, area = a1 * a2;
     int64_t volume = p->axis[0].m * area, aside = p->axis[p->order[0]].out_step;
     int passes = passes_of(p);
-    line_job j = {.in = m, .in_inner = VL, .out = lines, .out_inner = volume * VL, .inner = vectors};
+    line_job j = {.in = m, .in_inner = VL, .out = lines, .out_inner = volume * VL};
+    j.inner = vectors;
     if (passes == 3) {
         j.in_step = area * p->m_point, j.out_step = area * VL;
         j.outer = area, j.in_outer = p->m_point, j.out_outer = VL;
