@@ -24,14 +24,17 @@ static void input_tiles(const fc_winograd *p, const fc_arrays *a, int64_t first,
     }
 }
 
-/* M of one point and one panel, for `count` tiles. Meanwhile memory of the lists is asked for; where
-   they are done, what the next product reads beside its weights and what it writes. */
+/* M of one point and one panel, for `count` tiles. Meanwhile the lists' memory is asked for; after
+   their end, what the next product reads beside its weights and what it writes. */
 static void multiply_point(const fc_winograd *p, const fc_arrays *a, int64_t point, int64_t panel,
                            int64_t count, const float *v, float *m, line_list *read,
                            line_list *written) {
     int64_t width = p->vectors * VL, most = gemm_block_rows[p->vectors];
     int64_t rows = fc_ceil_div(count, fc_ceil_div(count, most)); /* blocks of equal height */
-    int64_t next_a = p->phased ? 0 : p->v_point, next_c = p->phased ? p->m_panel : p->m_point;
+    /* Next comes another panel of this point if phased, else another point, round and round. */
+    int64_t next = point + 1 < p->points ? 1 : 1 - p->points;
+    int64_t next_a = p->phased ? 0 : next * p->v_point;
+    int64_t next_c = p->phased ? (panel + 1 < p->panels ? p->m_panel : 0) : next * p->m_point;
     product_job g = {.a = v + point * p->v_point, .a_stride = p->v_row, .depth = p->depth};
     g.b = a->weights + point * p->u_point + panel * p->u_panel;
     g.ahead = g.b + p->depth * width;
@@ -77,13 +80,14 @@ static void fused_block(const fc_winograd *p, const fc_arrays *a, int64_t first,
     }
 }
 
-/* Neighbouring blocks go to one thread, which asks for memory of the next block during products:
-   many of them at first, and fewer towards the end. Returns the first block of an item. */
+/* Neighbouring blocks go to one thread, which asks for memory of the next block during products. An
+   item for each thread has half of all blocks, the next ones half of the rest, and so on to single
+   blocks, so that all end together. Returns the first block of an item. */
 static int64_t first_block(const winograd_round *r, int64_t item) {
-    int64_t blocks = fc_ceil_div(r->p->tiles, r->p->block), first = 0;
-    for (; item > 0 && first < blocks; item--)
-        first += fc_max((blocks - first) / (2 * r->a->threads), 1);
-    return first;
+    int64_t blocks = fc_ceil_div(r->p->tiles, r->p->block), threads = r->a->threads, first = 0;
+    int64_t size = blocks / (2 * threads);
+    for (; item > threads && size > 1; item -= threads, size /= 2) first += threads * size;
+    return fc_min(first + item * fc_max(size, 1), blocks);
 }
 
 static void fused_item(void *context, int64_t item, int thread) {
@@ -135,7 +139,7 @@ static void winograd_run(const void *params, const fc_arrays *a) {
     winograd_round r = {p, a, 0, p->tiles};
     if (!p->phased) {
         int64_t items = 0, blocks = fc_ceil_div(p->tiles, p->block);
-        while (first_block(&r, items) < blocks) items++;
+        while (first_block(&r, items) < blocks) items += a->threads;
         fc_parallel_for(a->threads, items, fused_item, &r);
         return;
     }

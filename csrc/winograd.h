@@ -9,9 +9,9 @@ typedef struct {
     int64_t stride, pad, phases;
 } fc_winograd_axis;
 
-/* V is [point][tile][v_row] with v_point between points, M [point][tile][vectors * VL] with m_point.
-   The weights U are [panel][point][depth][vectors * VL], or [point][panel] if phased: in the order
-   of use, and readable for a product more.
+/* V is [point][tile][v_row] with v_point between points, M [point][tile][width] with m_point, where
+   width is vectors * VL. The weights U are [panel][point][depth][width], or [point][panel] if
+   phased: in the order of use, and readable for a product more.
 
    order     the axes from the one along which tile numbers run fastest
    block     tiles that go through the stages together; of a round of all threads if phased

@@ -33,8 +33,9 @@ static int next_segment(line_list *list) {
             const fc_winograd_axis *axis = &p->axis[a];
             int64_t first = list->place.at[a], last = first + (a == fast ? length - 1 : 0);
             int64_t step = list->output ? axis->m : axis->m * axis->stride;
-            int64_t reach = list->output ? axis->m : (axis->alpha - 1) * axis->stride + axis->phases;
+            int64_t reach = (axis->alpha - 1) * axis->stride + axis->phases;
             int64_t pad = list->output ? 0 : axis->pad;
+            if (list->output) reach = axis->m;
             list->row[a] = list->low[a] = fc_max(first * step - pad, 0);
             list->high[a] = fc_min(last * step - pad + reach,
                                    list->output ? axis->out_size : axis->in_size);

@@ -12,7 +12,7 @@
    bias               NULL, or what is added to every output, `bias_inner` from line to line
    residual           NULL, or added, with the steps of out
    low                outputs below become equal to it
-   lanes, valid       of each vector, and outputs of each line, that are in y: for `write` passes */
+   lanes, valid       for `write` passes: of the last inner line, and outputs of every line in y */
 typedef struct {
     const float *in;
     float *out;
@@ -101,13 +101,13 @@ INLINE void output_lines(int m, int alpha, line_program program, const line_job 
 /* The last pass, to y with what comes after the sum; `whole` lines have all lanes and outputs. */
 INLINE void write_body(int m, int alpha, line_program program, int whole, const line_job *job) {
     const line_job j = *job;
-    const int64_t n = whole ? VL : j.lanes, valid = whole ? m : j.valid;
+    const int64_t valid = whole ? m : j.valid;
     const vec low = vset(j.low);
     for (int64_t o = 0; o < j.outer; o++) {
         const float *in = j.in + o * j.in_outer;
         for (int64_t i = 0; i < j.inner; i++, in += j.in_inner) {
             vec d[16], y[16];
-            int64_t at = o * j.out_outer + i * j.out_inner;
+            int64_t at = o * j.out_outer + i * j.out_inner, n = i + 1 < j.inner ? VL : j.lanes;
             UNROLL
             for (int k = 0; k < alpha; k++) d[k] = vload(in + k * j.in_step);
             program(d, y);
@@ -119,12 +119,11 @@ INLINE void write_body(int m, int alpha, line_program program, int whole, const 
             }
             UNROLL
             for (int k = 0; k < m; k++, at += j.out_step) {
-                if (k >= valid) break;
-                if (j.residual)
+                if (j.residual && k < valid)
                     y[k] += whole ? vload(j.residual + at) : vload_n(j.residual + at, n);
                 if (whole)
                     vstore(j.out + at, vmax(y[k], low));
-                else
+                else if (k < valid)
                     vstore_n(j.out + at, vmax(y[k], low), n);
             }
         }

@@ -1,12 +1,9 @@
 /* M = V U for a block of tiles, and meanwhile the memory that the next stages need is asked for.
 
-   As in gemm.h, but nothing is added to the sums, and the products, which leave the memory idle, ask
-   for one line per row of U: of x for the next block, or of y for the coming output transform. */
+   As in gemm.h, but nothing is added to the sums, and products, which leave memory idle, ask for
+   a line or two with every row of U: of x for the next block, of y for the output transform. */
 #ifndef FC_WINOGRAD_PRODUCTS_H
 #define FC_WINOGRAD_PRODUCTS_H
-#ifndef READ_FETCH
-#define READ_FETCH prefetch
-#endif
 
 #include "gemm.h"
 
@@ -42,7 +39,7 @@ INLINE void product_body(int rows, int nv, const product_job *g) {
         for (int j = 0; j < nv; j++) w[j] = vload(b + j * VL);
         UNROLL
         for (int j = 0; j < nv * VL; j += FC_LINE) prefetch_far(b + ahead + j);
-        READ_FETCH(read);
+        prefetch(read);
         prefetch_write(written);
         read += read_step & -(int64_t)(k < reads); /* no branch */
         written += written_step & -(int64_t)(k < writes);

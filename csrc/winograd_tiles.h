@@ -83,8 +83,9 @@ static void read_lines(const fc_winograd *p, const tile_window *w, int64_t n, co
     const fc_winograd_axis *axis = &p->axis[2];
     int ahead = p->order[0];
     if (n == VL && !w->low[2] && w->high[2] == axis->alpha) {
-        line_job j = {f->x, f->out, w->step[2], f->out_step, f->outer, f->in_outer, f->out_outer,
-                      f->inner, f->in_inner, f->out_inner};
+        line_job j = {.in = f->x, .in_step = w->step[2], .out = f->out, .out_step = f->out_step};
+        j.outer = f->outer, j.in_outer = f->in_outer, j.out_outer = f->out_outer;
+        j.inner = f->inner, j.in_inner = f->in_inner, j.out_inner = f->out_inner;
         /* The next tile begins m further along one axis; what it shares with this one is here. */
         if (ahead == 2) {
             j.next = axis->alpha * w->step[2];
@@ -104,8 +105,8 @@ static void read_lines(const fc_winograd *p, const tile_window *w, int64_t n, co
     edge_passes[axis->r][axis->m](&e);
 }
 
-/* V = BT d of a tile: `vectors` vectors of channels, n valid lanes each, to v + point * v_point. If
-   tiles have one axis, of `count` tiles side by side. */
+/* V = BT d of a tile: `vectors` vectors of channels, the last one with n valid lanes, to
+   v + point * v_point. If tiles have one axis, of `count` tiles side by side. */
 static void input_vectors(const fc_winograd *p, const float *x, const tile_window *w,
                           int64_t count, int64_t vectors, int64_t n, float *v, float *lines) {
     int64_t a0 = p->axis[0].alpha, a1 = p->axis[1].alpha, a2 = p->axis[2].alpha;
@@ -118,24 +119,24 @@ static void input_vectors(const fc_winograd *p, const float *x, const tile_windo
                 clear_vectors(v + i * p->v_point + tile * p->v_row, vectors);
         return;
     }
-    first_pass f = {.out = v, .out_step = p->v_point, .outer = count, .inner = vectors};
+    first_pass f = {.out = v, .out_step = p->v_point, .outer = count};
     f.x = x + (w->origin + low[0] * w->step[0] + low[1] * w->step[1]);
     f.in_outer = w->step[p->order[0]], f.out_outer = p->v_row;
     f.in_inner = f.out_inner = VL;
-    if (passes == 1) {
-        read_lines(p, w, n, &f, zeros);
-        return;
-    }
-    f.out = lines + (low[0] * area + low[1] * a2) * VL, f.out_step = VL;
-    f.inner = high[1] - low[1], f.in_inner = w->step[1], f.out_inner = a2 * VL;
-    if (passes == 2)
-        f.outer = vectors, f.in_outer = VL, f.out_outer = volume * VL;
-    else
+    if (passes > 1) {
+        f.out = lines + (low[0] * area + low[1] * a2) * VL, f.out_step = VL;
+        f.inner = high[1] - low[1], f.in_inner = w->step[1], f.out_inner = a2 * VL;
         f.outer = high[0] - low[0], f.in_outer = w->step[0], f.out_outer = area * VL;
-    for (int64_t k = 0; k < (passes == 3 ? vectors : 1); k++) {
-        read_lines(p, w, n, &f, zeros);
-        f.x += VL, f.out += volume * VL;
+        if (passes == 2) f.in_outer = VL, f.out_outer = volume * VL;
     }
+    for (int64_t k = 0, some, whole = n == VL ? vectors : vectors - 1; k < vectors; k += some) {
+        some = passes == 3 || k == whole ? 1 : whole;
+        if (passes == 1) f.inner = some;
+        if (passes == 2) f.outer = some;
+        read_lines(p, w, k < whole ? VL : n, &f, zeros);
+        f.x += some * VL, f.out += some * (passes == 1 ? VL : volume * VL);
+    }
+    if (passes == 1) return;
     for (int64_t k = 0; k < vectors; k++)
         for (int64_t i0 = low[0]; i0 < high[0]; i0++) {
             float *plane = lines + (k * volume + i0 * area) * VL;
@@ -169,16 +170,16 @@ static void input_vectors(const fc_winograd *p, const float *x, const tile_windo
    + channel]. Lanes behind the last channel become zeros; what follows there is written later. */
 static void input_tile(const fc_winograd *p, const float *x, const tile_place *place,
                        int64_t count, float *v, float *lines) {
-    int64_t phase[3], whole = p->channels / VL * VL;
+    int64_t phase[3];
     for (phase[0] = 0; phase[0] < p->axis[0].phases; phase[0]++)
         for (phase[1] = 0; phase[1] < p->axis[1].phases; phase[1]++)
             for (phase[2] = 0; phase[2] < p->axis[2].phases; phase[2]++, v += p->channels) {
                 tile_window w = window_of(p, place, phase);
-                for (int64_t c = 0; c < p->channels;) {
-                    int64_t vectors = c < whole ? fc_min(p->at_once, (whole - c) / VL) : 1;
-                    int64_t n = c < whole ? VL : p->channels - whole;
+                for (int64_t c = 0; c < p->channels; c += p->at_once * VL) {
+                    int64_t left = p->channels - c;
+                    int64_t vectors = fc_min(p->at_once, fc_ceil_div(left, VL));
+                    int64_t n = fc_min(left - (vectors - 1) * VL, VL);
                     input_vectors(p, x + c, &w, count, vectors, n, v + c, lines);
-                    c += vectors * VL;
                 }
             }
 }
@@ -208,15 +209,16 @@ INLINE tile_target target_of(const fc_winograd *p, const tile_place *place) {
     return t;
 }
 
-/* y of a tile from m[point * m_point]: `vectors` vectors of channels, n valid lanes each. If tiles
-   have one axis, of `count` tiles side by side. */
+/* y of a tile from m[point * m_point]: `vectors` vectors of channels, the last one with n valid
+   lanes. If tiles have one axis, of `count` tiles side by side. */
 static void output_vectors(const fc_winograd *p, const tile_target *t, int64_t count,
                            const float *m, int64_t vectors, int64_t n, const float *bias,
                            const float *residual, float *y, float *lines) {
     int64_t a1 = p->axis[1].alpha, a2 = p->axis[2].alpha, area = a1 * a2;
     int64_t volume = p->axis[0].m * area, aside = p->axis[p->order[0]].out_step;
     int passes = passes_of(p);
-    line_job j = {.in = m, .in_inner = VL, .out = lines, .out_inner = volume * VL, .inner = vectors};
+    line_job j = {.in = m, .in_inner = VL, .out = lines, .out_inner = volume * VL};
+    j.inner = vectors;
     if (passes == 3) {
         j.in_step = area * p->m_point, j.out_step = area * VL;
         j.outer = area, j.in_outer = p->m_point, j.out_outer = VL;
@@ -261,14 +263,10 @@ static void output_tile(const fc_winograd *p, const fc_arrays *a, const tile_pla
     int64_t first = panel * p->vectors * VL;
     int64_t columns = fc_min(p->out_channels - first, p->vectors * VL);
     tile_target t = target_of(p, place);
-    for (int64_t c = 0; c < columns;) {
-        int64_t vectors = fc_max((columns - c) / VL, 1), n = vcount(columns, c);
-        const float *bias = a->bias[0] ? a->bias[0] + first + c : NULL;
-        int64_t at = t.at + first + c;
-        output_vectors(p, &t, count, m + c, vectors, n, bias,
-                       a->residual ? a->residual + at : NULL, a->y + at, lines);
-        c += vectors * VL;
-    }
+    int64_t at = t.at + first, vectors = fc_ceil_div(columns, VL);
+    output_vectors(p, &t, count, m, vectors, columns - (vectors - 1) * VL,
+                   a->bias[0] ? a->bias[0] + first : NULL, a->residual ? a->residual + at : NULL,
+                   a->y + at, lines);
 }
 
 #endif

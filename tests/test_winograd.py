@@ -129,7 +129,7 @@ def test_every_compiled_transform(backend, outputs, taps):
 
 @on_c
 def test_integers_are_exact(backend):
-    """F(2, 3) adds and halves: small integers, times what is halved on three axes, stay integers."""
+    """F(2, 3) adds and halves: integers stay integers where weights are multiples of 8."""
     geometry = Geometry.of((2, 37, 4, 9, 7), (21, 37, 3, 3, 3), 1, ((0, 1), (1, 1), (2, 0)))
     rng = np.random.default_rng(0)
     x = rng.integers(-4, 5, geometry.x_shape).astype(np.float32)
@@ -144,7 +144,7 @@ def test_integers_are_exact(backend):
 @pytest.mark.parametrize("epilogue", [Epilogue(), Epilogue(True, "silu", True)])
 def test_bits_do_not_depend_on_the_schedule(backend, epilogue, monkeypatch):
     """Fused in blocks of any size, phased, in rounds, on any number of threads."""
-    from fastconv.c_kernels import launch, winograd
+    from fastconv.c_kernels import launch, winograd_schedule
 
     geometry = Geometry.of((2, 40, 4, 13, 17), (70, 40, 3, 3, 3), 1, 1)
     plan = plan_for(backend, geometry, (2, 4, 4), epilogue=epilogue)
@@ -159,7 +159,7 @@ def test_bits_do_not_depend_on_the_schedule(backend, epilogue, monkeypatch):
     assert same(tiles=5)
     assert same(tiles=33)
     assert same(phased=1)
-    monkeypatch.setattr(winograd, "_PHASED_BYTES", 1 << 20)
+    monkeypatch.setattr(winograd_schedule, "_PHASED_BYTES", 1 << 20)
     assert same(phased=1, rounds=1)  # another plan: sizes are remembered
     for count in (1, 3):
         monkeypatch.setattr(launch, "threads", lambda count=count: count)
@@ -178,7 +178,10 @@ def test_c_runs_with_the_threads_that_the_workspace_is_for(backend, phased, monk
     want = cases.execute(plan, x, w, bias, residual)
     monkeypatch.setattr(launch, "threads", lambda: 1)
     with cases.isa_of(plan):
-        packed, workspace = winograd.prepack(w, plan), cases.Fenced((winograd.workspace_size(plan),))
+        packed, workspace = (
+            winograd.prepack(w, plan),
+            cases.Fenced((winograd.workspace_size(plan),)),
+        )
     monkeypatch.setattr(launch, "threads", lambda: 4)
     y, x = cases.Fenced(geometry.y_shape, layout=plan.layout), cases.laid_out(x, plan.layout)
     winograd.run(plan, x, packed, bias, residual, y.array, workspace.array)
@@ -384,7 +387,9 @@ def test_refusals_say_why():
 def test_transforms_that_are_not_compiled_are_refused():
     module, geometry = kernel("winograd", "c"), Geometry.of((1, 4, 30), (4, 4, 3), 1, 1)
     w = np.zeros(geometry.w_shape, np.float32)
-    with pytest.raises(UnsupportedError, match=r"F\(8, 3\) is not compiled; it has F\(m, r\) for m"):
+    with pytest.raises(
+        UnsupportedError, match=r"F\(8, 3\) is not compiled; it has F\(m, r\) for m"
+    ):
         module.prepack(w, plan_for("c", geometry, (8,)))
     other = replace(plan_for("c", geometry, (2,)), transforms=(transform(2, 3, (0, 1, 2)),))
     with pytest.raises(UnsupportedError, match="for the default points only, not for 0, 1, 2"):
