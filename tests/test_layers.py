@@ -26,7 +26,7 @@ LAYERS = (
     ("torch_memory",),
     ("torch_ops",),
     ("nn",),
-    ("video",),
+    ("video", "published"),
     ("demo", "count_table"),
     ("bench",),
     ("cli",),

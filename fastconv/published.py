@@ -1,0 +1,91 @@
+"""Which network of the zoo stands for which row of the papers' tables, and on which input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How one model of a paper is built and counted.
+
+    network      a name of fastconv.zoo
+    input_shape  (C, T, H, W) or (C, H, W); None: the network's own
+    part         qualified name of the submodule that the paper counts; '': all
+    options      given to the network's builder besides
+    """
+
+    network: str
+    input_shape: tuple[int, ...] | None = None
+    part: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _by_width(model: str, network: str, *widths: str) -> dict[tuple[str, str], Reading]:
+    return {
+        (model, f"{width}x"): Reading(f"{network}_x{width.replace('.', '_')}") for width in widths
+    }
+
+
+def _resnets(depth: int) -> dict[tuple[str, str], Reading]:
+    """Rows of the two papers that have 3D ResNets; one leaves the classifier out."""
+    name, title = f"resnet3d_{depth}", f"ResNet-{depth}"
+    return {
+        (title, "shortcut A"): Reading(name),
+        (title, "shortcut B"): Reading(f"{name}_b"),
+        (title, "shortcut A, 400 classes"): Reading(name, options={"num_classes": 400}),
+        (f"3D {title}", "shortcut A, no fc"): Reading(name, part="trunk"),
+    }
+
+
+_UCF101 = (3, 64, 112, 112)
+_C3D: dict[str, Any] = {"clip": _UCF101[1:]}
+_NO_TEMPORAL: dict[str, Any] = {"slow_taps": ((1,),) * 4}
+
+# By the papers' names of model and variant.
+READINGS: dict[tuple[str, str], Reading] = {
+    **_by_width("3D-ShuffleNetV1", "shufflenet3d_v1", "0.5", "1.0", "1.5", "2.0"),
+    **_by_width("3D-ShuffleNetV2", "shufflenet3d_v2", "0.25", "1.0", "1.5", "2.0"),
+    **_by_width("3D-MobileNetV1", "mobilenet3d_v1", "0.5", "1.0", "1.5", "2.0"),
+    **_by_width("3D-MobileNetV2", "mobilenet3d_v2", "0.2", "0.45", "0.7", "1.0"),
+    ("3D-SqueezeNet", "1.1"): Reading("squeezenet3d"),
+    ("3D-SqueezeNet", "1.0x"): Reading("squeezenet3d"),
+    **_resnets(18),
+    **_resnets(50),
+    **_resnets(101),
+    ("ResNeXt-101", "shortcut B, cardinality 32"): Reading("resnext3d_101"),
+    ("I3D (Inception)", "400 classes"): Reading("i3d"),
+    ("I3D (Inception)", "600 classes"): Reading("i3d", options={"num_classes": 600}),
+    ("D-ResNet-18", "None"): Reading("d_resnet18_none", part="trunk"),
+    ("D-ResNet-18", "Summation"): Reading("d_resnet18_sum", part="trunk"),
+    ("D-ResNet-18", "Concatenation"): Reading("d_resnet18", part="trunk"),
+    ("D-ResNet-50", "Concatenation"): Reading("d_resnet50", part="trunk"),
+    ("D-ResNet-101", "Concatenation"): Reading("d_resnet101", part="trunk"),
+    ("X3D-XS", ""): Reading("x3d_xs"),
+    ("X3D-S", ""): Reading("x3d_s"),
+    ("X3D-M", ""): Reading("x3d_m"),
+    ("X3D-L", ""): Reading("x3d_l"),
+    ("I3D-R50", "8x8"): Reading("i3d_r50"),
+    ("R(2+1)D-18", "8 frames"): Reading("r2plus1d_18", (3, 8, 112, 112)),
+    ("R(2+1)D-18", "16 frames"): Reading("r2plus1d_18"),
+    ("Slow-8x8-R50", ""): Reading("slow_r50", (3, 8, 256, 256)),
+    ("SlowFast-8x8-R50", ""): Reading("slowfast_r50_8x8"),
+    ("SlowFast-4x16-R50", ""): Reading("slowfast_r50_4x16"),
+    ("RCU8", ""): Reading("rcn_18"),
+    ("C3D", "conv weights"): Reading("c3d", _UCF101, "trunk", _C3D),
+    ("C3D", "baseline"): Reading("c3d", _UCF101, "trunk", _C3D),
+    ("FSB-C3D", "Table-4 reading"): Reading("fsb_c3d", _UCF101, "trunk", _C3D),
+    ("SlowFast", "baseline, commit 251a97a"): Reading("slowfast_ucf101"),
+    ("SlowFast", "baseline, commit 11d0646"): Reading("slowfast_ucf101", options=_NO_TEMPORAL),
+    ("SlowFast", "baseline, 251a97a"): Reading("slowfast_ucf101"),
+    ("SlowFast", "FSB-only, 251a97a"): Reading("slow_fsb"),
+    ("FastTRG", "FSB slow path + TRG"): Reading("fast_trg", options=_NO_TEMPORAL),
+    ("MF-Net-18 3D", "N=16, 400 classes"): Reading("mfnet3d"),
+    ("MF-Net 2D", "N=16"): Reading("mfnet2d"),
+    ("MF-Net 2D", "N=16 w/o multiplexer"): Reading("mfnet2d_plain"),
+    ("ResNet-18", "baseline"): Reading("resnet18"),
+    ("ResNet-50", "baseline"): Reading("resnet50"),
+    ("MobileNet-v2 1.4", "baseline"): Reading("mobilenet_v2_x1_4"),
+}
