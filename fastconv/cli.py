@@ -70,13 +70,27 @@ def parser() -> argparse.ArgumentParser:
         epilog=count_table.HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    count.add_argument("targets", nargs="+", metavar="NETWORK|LAYER")
+    count.add_argument("targets", nargs="+", metavar="NETWORK|MODEL|LAYER")
     count.add_argument(
         "--tiles",
         type=_tiles,
         default=TILES,
         metavar="M,M,...",
         help="outputs per tile, default: 2,4",
+    )
+    count.add_argument(
+        "--ideal-tiles",
+        action="store_true",
+        help="count the last tile of an axis as the fraction used, as papers do",
+    )
+    count.add_argument(
+        "--per-frame", action="store_true", help="one step of a stream instead of the clip"
+    )
+    count.add_argument(
+        "--rule",
+        choices=count_table.RULES,
+        default="",
+        help="operations by a rule that a published table was counted with, besides",
     )
     form = count.add_mutually_exclusive_group()
     for name in ("json", "csv"):
@@ -109,7 +123,8 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _count(args: argparse.Namespace) -> int:
-    print(count_table.run(args.targets, args.form, args.tiles))
+    options = count_table.Options(args.tiles, not args.ideal_tiles, args.per_frame, args.rule)
+    print(count_table.run(args.targets, args.form, options))
     return 0
 
 

@@ -15,12 +15,16 @@ class Reading:
     input_shape  (C, T, H, W) or (C, H, W); None: the network's own
     part         qualified name of the submodule that the paper counts; '': all
     options      given to the network's builder besides
+    without      qualified name of a layer that the paper leaves out; '': none
+    per_frame    one step of the network made continual, as fastconv.algorithms.step_of has it
     """
 
     network: str
     input_shape: tuple[int, ...] | None = None
     part: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
+    without: str = ""
+    per_frame: bool = False
 
 
 def _by_width(model: str, network: str, *widths: str) -> dict[tuple[str, str], Reading]:
@@ -36,10 +40,17 @@ def _resnets(depth: int) -> dict[tuple[str, str], Reading]:
         (title, "shortcut A"): Reading(name),
         (title, "shortcut B"): Reading(f"{name}_b"),
         (title, "shortcut A, 400 classes"): Reading(name, options={"num_classes": 400}),
-        (f"3D {title}", "shortcut A, no fc"): Reading(name, part="trunk"),
+        (f"3D {title}", "shortcut A, no fc"): Reading(name, without="head.classifier"),
     }
 
 
+def _continual(model: str, network: str, *pools: int) -> dict[tuple[str, str], Reading]:
+    """One frame of a stream; the frames under the final pooling change no multiplications."""
+    reading = Reading(network, SLOW if network == "slow_r50" else None, per_frame=True)
+    return {(model, f"pool {pool}"): reading for pool in pools}
+
+
+SLOW = (3, 8, 256, 256)  # what its paper counts; it is trained at 224 x 224
 _UCF101 = (3, 64, 112, 112)
 _C3D: dict[str, Any] = {"clip": _UCF101[1:]}
 _NO_TEMPORAL: dict[str, Any] = {"slow_taps": ((1,),) * 4}
@@ -70,10 +81,15 @@ READINGS: dict[tuple[str, str], Reading] = {
     ("I3D-R50", "8x8"): Reading("i3d_r50"),
     ("R(2+1)D-18", "8 frames"): Reading("r2plus1d_18", (3, 8, 112, 112)),
     ("R(2+1)D-18", "16 frames"): Reading("r2plus1d_18"),
-    ("Slow-8x8-R50", ""): Reading("slow_r50", (3, 8, 256, 256)),
+    ("Slow-8x8-R50", ""): Reading("slow_r50", SLOW),
     ("SlowFast-8x8-R50", ""): Reading("slowfast_r50_8x8"),
     ("SlowFast-4x16-R50", ""): Reading("slowfast_r50_4x16"),
     ("RCU8", ""): Reading("rcn_18"),
+    **_continual("CoX3D-S", "x3d_s", 13, 16, 32, 64, 96),
+    **_continual("CoX3D-M", "x3d_m", 16, 32, 64, 96),
+    **_continual("CoX3D-L", "x3d_l", 16, 32, 64, 96),
+    **_continual("CoI3D", "i3d_r50", 8, 64),
+    **_continual("CoSlow", "slow_r50", 8, 64),
     ("C3D", "conv weights"): Reading("c3d", _UCF101, "trunk", _C3D),
     ("C3D", "baseline"): Reading("c3d", _UCF101, "trunk", _C3D),
     ("FSB-C3D", "Table-4 reading"): Reading("fsb_c3d", _UCF101, "trunk", _C3D),
@@ -89,3 +105,22 @@ READINGS: dict[tuple[str, str], Reading] = {
     ("ResNet-50", "baseline"): Reading("resnet50"),
     ("MobileNet-v2 1.4", "baseline"): Reading("mobilenet_v2_x1_4"),
 }
+
+# What the published code of a network does otherwise than its modules here, which shows in counts
+# made by hooking modules: see fastconv.nn.rules.Exceptions. By the beginning of a network's name.
+_EXCEPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
+    "mobilenet3d_v1": {"functional": ("*block*.act", "*head.pool")},
+    "mobilenet3d_v2": {"functional": ("*head.pool",)},
+    "shufflenet3d": {"functional": ("*head.pool",)},
+    "i3d": {"functional": ("*.act", "*pool*", "*branch3.0", "*head.mean")},
+    "i3d_r50": {},
+    "slow_r50": {"pooled": ("trunk.stage2",)},
+    "slowfast_r50": {"pooled": ("slow.stage2", "fast.stage2")},
+    "mfnet": {"added": ("trunk.stage?.unit?",)},
+}
+
+
+def exceptions_of(network: str) -> dict[str, tuple[str, ...]]:
+    """The keywords of `fastconv.nn.rules.Exceptions` for a network of the zoo; {} for most."""
+    beginnings = [key for key in _EXCEPTIONS if network.startswith(key)]
+    return _EXCEPTIONS[max(beginnings, key=len)] if beginnings else {}

@@ -90,7 +90,8 @@ def _network(
 ) -> Network:
     stride: Size = (1, 2, 2) if dims == 3 else 2
     layers: OrderedDict[str, nn.Module] = OrderedDict(
-        stem=conv_bn(3, STEM, 7, stride, act=relu, dims=dims), pool=MAX_POOL[dims](3, 2, 1)
+        stem=conv_bn(3, STEM, 7, stride, act=relu, dims=dims),
+        pool=MAX_POOL[dims]((3,) * dims, 2, 1),
     )
     channels = STEM
     for number, (count, inner) in enumerate(zip(counts, inners, strict=True), start=1):
