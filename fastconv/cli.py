@@ -1,4 +1,4 @@
-"""`python -m fastconv info | count | demo | transform | bench`."""
+"""`python -m fastconv info | count | tables | demo | transform | bench`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from fractions import Fraction
 from typing import NoReturn
 
 from fastconv import __version__, backends, count_table
+from fastconv import tables as table_pages
 from fastconv.bench import options as bench_options
 from fastconv.counts import TILES
 from fastconv.errors import BackendError, GeometryError, UnsupportedError
@@ -99,6 +100,17 @@ def parser() -> argparse.ArgumentParser:
         )
     count.set_defaults(command=_count)
 
+    tables = commands.add_parser(
+        "tables", help="the papers' tables, counted here beside printed there"
+    )
+    tables.add_argument("papers", nargs="*", metavar="PAPER", help=", ".join(table_pages.PAPERS))
+    forms = tables.add_mutually_exclusive_group()
+    for name in ("json", "csv"):
+        forms.add_argument(
+            f"--{name}", dest="form", action="store_const", const=name, default="markdown"
+        )
+    tables.set_defaults(command=_tables)
+
     transform = commands.add_parser("transform", help="the exact matrices of F(M, R)")
     transform.add_argument("m", metavar="M", type=_positive, help="outputs per tile")
     transform.add_argument("r", metavar="R", type=_positive, help="filter taps")
@@ -125,6 +137,11 @@ def _demo(args: argparse.Namespace) -> int:
 def _count(args: argparse.Namespace) -> int:
     options = count_table.Options(args.tiles, not args.ideal_tiles, args.per_frame, args.rule)
     print(count_table.run(args.targets, args.form, options))
+    return 0
+
+
+def _tables(args: argparse.Namespace) -> int:
+    print(table_pages.run(args.papers, args.form))
     return 0
 
 

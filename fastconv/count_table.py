@@ -130,14 +130,12 @@ def _operations(target: Target, options: Options) -> tuple[Iterator[int], int]:
     """By the rule: of each call of a layer in order, and of everything else together."""
     if not options.rule:
         return iter(()), 0
-    from .nn.rules import operations, step_operations
+    from .nn.rules import calls, operations, step_operations
 
     if not options.per_frame:
-        counted = operations(
-            target.model, target.x, rule=options.rule, exceptions=target.exceptions
-        )
+        counted = operations(calls(target.model, target.x), options.rule, target.exceptions)
     elif options.rule == "ptflops":
-        counted = step_operations(target.model, target.x, exceptions=target.exceptions)
+        counted = step_operations(calls(target.model, target.x), target.exceptions)
     else:
         raise UnsupportedError(f"count: only rule ptflops counts steps, not {options.rule}")
     of_layers = [number for call, number in counted if call.is_layer]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _FACTORY = re.compile(r"([\w.]+):([\w.]+)@(\d+(?:x\d+){2,3})")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Target:
     """A model on the `meta` device, its input there, and what is known of its published code."""
 
@@ -72,7 +72,7 @@ def of_reading(reading: Reading) -> Target:
     from .zoo import NETWORKS
 
     shape = reading.input_shape or NETWORKS[reading.network].input_shape
-    target = _built(reading.network, shape, reading.options, reading.part)
+    target = _built(reading.network, shape, dict(reading.options), reading.part)
     if reading.without:
         from torch import nn
 

@@ -107,8 +107,8 @@ NETWORK_TOTALS = [
     # C3D by Winograd's algorithm, F(4x4x4, 3x3x3); as fully separable blocks by the hybrid one; the
     # slow pathway of SlowFast so.
     ("c3d", {"clip": CLIP}, "trunk", "winograd 3D", 19_248_316_416),
-    ("fsb_c3d", {"clip": CLIP, "middles": "INPUT"}, "trunk", "hfa", 15_406_741_504),
-    ("fsb_c3d", {"clip": CLIP, "middles": "OUTPUT"}, "trunk", "hfa", 20_479_936_512),
+    ("fsb_c3d", {"clip": CLIP, "middles": "input"}, "trunk", "hfa", 15_406_741_504),
+    ("fsb_c3d", {"clip": CLIP, "middles": "output"}, "trunk", "hfa", 20_479_936_512),
     ("slow_fsb", {}, "", "hfa", 3_978_876_928),
 ]
 
@@ -116,12 +116,10 @@ NETWORK_TOTALS = [
 @pytest.mark.parametrize(("network", "options", "part", "algorithm", "want"), NETWORK_TOTALS)
 def test_the_papers_networks_with_ideal_tiles_of_4(network, options, part, algorithm, want):
     pytest.importorskip("torch")
-    from fastconv.published import Reading
+    from fastconv.published import Reading, given
     from fastconv.targets import of_reading
-    from fastconv.zoo import fsb
 
-    given = {k: getattr(fsb, v) if isinstance(v, str) else v for k, v in options.items()}
-    layers = of_reading(Reading(network, (3, *CLIP), part, given)).layers()
+    layers = of_reading(Reading(network, (3, *CLIP), part, given(**options))).layers()
     total = 0
     for layer in layers:
         if layer.geometry is None:

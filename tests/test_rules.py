@@ -12,7 +12,7 @@ from torch import nn
 
 from fastconv.count_table import RULES as OFFERED
 from fastconv.errors import UnsupportedError
-from fastconv.nn.rules import RULES, Exceptions, operations, step_operations
+from fastconv.nn.rules import RULES, Exceptions, calls, operations, step_operations
 from fastconv.published import READINGS, exceptions_of
 from fastconv.targets import of_reading
 from fastconv.zoo import NETWORKS
@@ -31,10 +31,10 @@ def ours(row):
     reading = READINGS[row["model"], row["variant"]]
     target = of_reading(reading)
     if reading.per_frame:
-        counted = step_operations(target.model, target.x, exceptions=target.exceptions)
+        counted = step_operations(calls(target.model, target.x), target.exceptions)
         return sum(number for _, number in counted) + longer_pool(row)
     rule = "thop-2019" if row["quantity"].endswith("2019") else OF_PAPER[row["paper"]]
-    counted = operations(target.model, target.x, rule=rule, exceptions=target.exceptions)
+    counted = operations(calls(target.model, target.x), rule, target.exceptions)
     return sum(number for _, number in counted)
 
 
@@ -59,6 +59,9 @@ def test_printed_operations_come_out(row):
 
 def test_the_rules_offered_are_those_there_are():
     assert tuple(RULES) == OFFERED
+
+
+CLIP = torch.zeros(1, 2, 4, 8, 8)
 
 
 class Small(nn.Module):
@@ -107,29 +110,26 @@ BY_HAND = {
 
 @pytest.mark.parametrize("rule", RULES)
 def test_rules_by_hand(rule):
-    counted = operations(Small(), torch.zeros(1, 2, 4, 8, 8), rule=rule)
+    counted = operations(calls(Small(), CLIP), rule)
     assert {call.name: number for call, number in counted} == BY_HAND[rule]
     layers = [call.name for call, _ in counted if call.is_layer]
     assert layers == ["conv", "last"]
 
 
 def test_exceptions_leave_out_and_add():
-    x = torch.zeros(1, 2, 4, 8, 8)
+    seen = calls(Small(), CLIP)
     hidden = Exceptions(functional=("re*",), pooled=("pool",))
-    counted = {
-        call.name: number
-        for call, number in operations(Small(), x, rule="ptflops", exceptions=hidden)
-    }
+    counted = {call.name: number for call, number in operations(seen, "ptflops", hidden)}
     assert "relu" not in counted
     assert counted["pool"] == 2 * BY_HAND["ptflops"]["pool"]
     added = Exceptions(added=("bn",))
-    counted = operations(Small(), x, rule="mfnet", exceptions=added)
+    counted = operations(seen, "mfnet", added)
     assert {call.name: number for call, number in counted}["bn"] == 256
 
 
 def test_a_step_is_counted_per_frame():
-    of_clip = operations(Small(), torch.zeros(1, 2, 4, 8, 8), rule="ptflops")
-    of_step = step_operations(Small(), torch.zeros(1, 2, 4, 8, 8))
+    of_clip = operations(calls(Small(), CLIP), "ptflops")
+    of_step = step_operations(calls(Small(), CLIP))
     for (call, clip), (_, step) in zip(of_clip, of_step, strict=True):
         want = {"bn": clip // 4 * 2, "relu": clip // 4 * 2, "last": 5}
         frames = call.x_shape[2] if call.name in ("pool", "average") else 4
@@ -140,17 +140,17 @@ def test_a_model_comes_back_as_it_was():
     model = Small().train()
     model.bn.eval()
     before = {name: module.training for name, module in model.named_modules()}
-    operations(model, torch.zeros(1, 2, 4, 8, 8), rule="thop")
+    calls(model, CLIP)
     assert {name: module.training for name, module in model.named_modules()} == before
     assert not any(module._forward_hooks for module in model.modules())
     with pytest.raises(RuntimeError):
-        operations(model, torch.zeros(1, 3, 4, 8, 8), rule="thop")
+        calls(model, torch.zeros(1, 3, 4, 8, 8))
     assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_an_unknown_rule_is_told():
     with pytest.raises(UnsupportedError) as caught:
-        operations(Small(), torch.zeros(1, 2, 4, 8, 8), rule="flops")
+        operations([], "flops")
     assert str(caught.value) == (
         "count: unknown rule 'flops'. Known: thop, thop-2019, ptflops, mfnet"
     )
@@ -175,7 +175,7 @@ def test_multiplications_are_those_of_the_framework(name):
         model, x = NETWORKS[name].builder().eval(), torch.empty(1, *shape)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(x)
-    counted = operations(model, x, rule="mfnet")
+    counted = operations(calls(model, x), "mfnet")
     assert counter.get_total_flops() == 2 * sum(number for _, number in counted)
     convolved = [call for call, _ in counted if len(call.x_shape) == 5 and call.is_layer]
     assert all(prod(call.y_shape) for call in convolved)

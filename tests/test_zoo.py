@@ -17,10 +17,9 @@ import fastconv.zoo
 from fastconv import video
 from fastconv.bench.cases import table as bench_cases
 from fastconv.nn.trace import one_step, trace
-from fastconv.published import READINGS, Reading
+from fastconv.published import READINGS, Reading, given
 from fastconv.zoo import NETWORKS, build
 from fastconv.zoo.c3d import c3d
-from fastconv.zoo.fsb import INPUT, OUTPUT, TABLE_4
 
 DATA = Path(__file__).parent / "data" / "oracle.csv"  # the papers' tables, and measured values
 with DATA.open(newline="", encoding="utf-8") as file:
@@ -70,7 +69,7 @@ def counted(reading):
     """Parameters, weights of convolutions and linear layers, and multiply-accumulates."""
     shape = reading.input_shape or NETWORKS[reading.network].input_shape
     with torch.device("meta"):
-        part = build(reading.network, **reading.options).get_submodule(reading.part)
+        part = build(reading.network, **dict(reading.options)).get_submodule(reading.part)
         if reading.without:
             part.set_submodule(reading.without, torch.nn.Identity())
         layers = trace(part, torch.empty(1, *shape))
@@ -148,11 +147,16 @@ def test_the_channel_separated_network_has_its_published_size():
 
 @pytest.mark.parametrize(
     ("middles", "macs"),
-    [(TABLE_4, 18_952_478_720), (INPUT, 22_321_094_656), (OUTPUT, 29_666_058_240)],
+    [
+        ("table 4", 18_952_478_720),
+        ("input", 22_321_094_656),
+        ("output", 29_666_058_240),
+        ((0, 128, 256, 256, 512, 512, 512, 512), 29_614_678_016),
+    ],
 )
 def test_readings_of_fully_separable_c3d(middles, macs):
     clip = (64, 112, 112)
-    options = {"clip": clip, "middles": middles}
+    options = given(clip=clip, middles=middles)
     assert counted(Reading("fsb_c3d", (3, *clip), "trunk", options))[2] == macs
 
 
@@ -372,6 +376,7 @@ WRONG = [
     ("resnet3d_18", {"shortcut": "C"}, "resnet: shortcut must be 'A' or 'B', got 'C'"),
     ("d_resnet18", {"fusion": "max"}, "d_resnet: fusion must be one of concat, sum, none, got "),
     ("fsb_c3d", {"middles": (64,)}, "fsb_c3d: middles must be 8 numbers, got 1"),
+    ("fsb_c3d", {"middles": "all"}, "fsb_c3d: middles must be one of table 4, input, output, got "),
 ]
 
 

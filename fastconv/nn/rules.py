@@ -15,7 +15,7 @@ have mistakes that tables were printed with. A rule is what a counting tool did.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -66,11 +66,9 @@ class Exceptions:
 
 
 def operations(
-    model: nn.Module, *example_inputs: Tensor, rule: str, exceptions: Exceptions | None = None
+    seen: Sequence[Call], rule: str, exceptions: Exceptions | None = None
 ) -> list[tuple[Call, int]]:
-    """Every counted call of a model with its operations by a rule; the sum is the published number.
-
-    example_inputs: as for `trace`, may be on the `meta` device
+    """The counted ones of a model's `calls` with their operations; the sum is what is published.
 
     Raises UnsupportedError for an unknown rule.
     """
@@ -78,7 +76,7 @@ def operations(
         raise UnsupportedError(f"count: unknown rule {rule!r}. Known: {', '.join(RULES)}")
     known = exceptions or Exceptions()
     counted = []
-    for call in _calls(model, example_inputs):
+    for call in seen:
         number = 0 if _any(call.name, known.functional) else RULES[rule](call)
         if rule == "ptflops" and _any(call.name, known.pooled):
             number += prod(call.x_shape)
@@ -90,15 +88,17 @@ def operations(
 
 
 def step_operations(
-    model: nn.Module, *example_inputs: Tensor, exceptions: Exceptions | None = None
+    seen: Sequence[Call], exceptions: Exceptions | None = None
 ) -> list[tuple[Call, int]]:
     """Rule ptflops on one step of a continual network, which it counts in its own way.
+
+    seen: the calls of the network for clips
 
     Batch norms and ReLUs count twice, as wrapper and as wrapped; a linear layer, applied along
     channels to a 1 x 1 x 1 map, counts as its inputs and 1; a pooling counts its spatial inputs.
     """
     counted = []
-    for call, number in operations(model, *example_inputs, rule="ptflops", exceptions=exceptions):
+    for call, number in operations(seen, "ptflops", exceptions):
         frames = call.y_shape[2] if len(call.y_shape) == 5 else 1
         if isinstance(call.module, (*BATCH_NORMS, *ACTIVATIONS)):
             number = 2 * number
@@ -114,19 +114,22 @@ def _any(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _calls(model: nn.Module, example_inputs: Sequence[Tensor]) -> Iterator[Call]:
-    """Every call of every module in eval mode, in order of their ends; the model is not changed."""
-    calls: list[Call] = []
+def calls(model: nn.Module, *example_inputs: Tensor) -> list[Call]:
+    """Every call of every module in eval mode, in order of their ends; the model is not changed.
+
+    example_inputs: as for `trace`, may be on the `meta` device
+    """
+    seen: list[Call] = []
     modes = {module: module.training for module in model.modules()}
     handles = [
-        module.register_forward_hook(partial(_record, calls, name))
+        module.register_forward_hook(partial(_record, seen, name))
         for name, module in model.named_modules()
     ]
     try:
         model.eval()
         with torch.no_grad():
             if any(x.is_meta for x in example_inputs):
-                call_converted(model, tuple(example_inputs), lambda tensor: tensor.to("meta"))
+                call_converted(model, example_inputs, lambda tensor: tensor.to("meta"))
             else:
                 model(*example_inputs)
     finally:
@@ -134,12 +137,12 @@ def _calls(model: nn.Module, example_inputs: Sequence[Tensor]) -> Iterator[Call]
             handle.remove()
         for module, mode in modes.items():
             module.training = mode
-    yield from calls
+    return seen
 
 
-def _record(calls: list[Call], name: str, module: nn.Module, args: Any, y: Any) -> None:
+def _record(seen: list[Call], name: str, module: nn.Module, args: Any, y: Any) -> None:
     if args and isinstance(args[0], Tensor) and isinstance(y, Tensor):
-        calls.append(Call(name, module, tuple(args[0].shape), tuple(y.shape)))
+        seen.append(Call(name, module, tuple(args[0].shape), tuple(y.shape)))
 
 
 def _taps(call: Call, y_shape: Sequence[int], bias: bool) -> int:

@@ -21,13 +21,15 @@ from .units import Size, bottleneck, convolution, relu
 from .weights import by_part, seeded
 
 # Middle channels of each of C3D's convolutions; 0 keeps the dense convolution.
-# TABLE_4: what the rates and the total of the paper's table 4 need; conv_4 (3b) has 128, although
+# table 4: what the rates and the total of the paper's table 4 need; conv_4 (3b) has 128, although
 #   the table says 256.
-# INPUT: as many as input channels, 64 in the first. OUTPUT: as many as output channels, which is
+# input: as many as input channels, 64 in the first. output: as many as output channels, which is
 #   the text's alpha = 1.
-TABLE_4 = (0, 64, 128, 128, 256, 512, 512, 512)
-INPUT = (64, 64, 128, 256, 256, 512, 512, 512)
-OUTPUT = (64, 128, 256, 256, 512, 512, 512, 512)
+MIDDLES = {
+    "table 4": (0, 64, 128, 128, 256, 512, 512, 512),
+    "input": (64, 64, 128, 256, 256, 512, 512, 512),
+    "output": (64, 128, 256, 256, 512, 512, 512, 512),
+}
 NO_TEMPORAL: Taps = ((1,), (1,), (1,), (1,))
 UCF101 = 101
 
@@ -83,16 +85,21 @@ def fsb_c3d(
     *,
     num_classes: int = 487,
     clip: Clip = (16, 112, 112),
-    middles: Sequence[int] = TABLE_4,
+    middles: str | Sequence[int] = "table 4",
     seed: int = 0,
 ) -> C3D:
     """C3D with fully separable blocks in place of its convolutions.
 
-    middles: middle channels of each block; 0 keeps a dense convolution. The paper gives them only
-        by the rates of its table 4, which TABLE_4 meets; INPUT and OUTPUT are other readings.
+    middles: middle channels of the eight blocks, 0 for a dense convolution, or a name of MIDDLES.
+        The paper gives them only by the rates of its table 4; the others are other readings.
 
-    Raises ValueError unless there are eight.
+    Raises ValueError for an unknown name and unless there are eight.
     """
+    if isinstance(middles, str):
+        if middles not in MIDDLES:
+            known = ", ".join(MIDDLES)
+            raise ValueError(f"fsb_c3d: middles must be one of {known}, got {middles!r}")
+        middles = MIDDLES[middles]
     convolutions = sum(len(widths) for widths, _, _ in STAGES)
     if len(middles) != convolutions:
         raise ValueError(f"fsb_c3d: middles must be {convolutions} numbers, got {len(middles)}")
