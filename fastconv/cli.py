@@ -1,4 +1,4 @@
-"""`python -m fastconv info | count | tables | demo | transform | bench`."""
+"""`python -m fastconv info | count | tables | explore | demo | transform | bench`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import NoReturn
 
-from fastconv import __version__, backends, count_table
+from fastconv import __version__, backends, count_table, explore_report
 from fastconv import tables as table_pages
 from fastconv.bench import options as bench_options
 from fastconv.counts import TILES
@@ -111,6 +111,39 @@ def parser() -> argparse.ArgumentParser:
         )
     tables.set_defaults(command=_tables)
 
+    explored = commands.add_parser(
+        "explore",
+        help="the tiles of a network: error bound against multiplications",
+        epilog=explore_report.HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    explored.add_argument("target", metavar="NETWORK|MODEL")
+    explored.add_argument(
+        "--tiles",
+        type=_tiles,
+        default=explore_report.TILES,
+        metavar="M,M,...",
+        help="outputs per tile, default: 1,2,3,4,5,6",
+    )
+    explored.add_argument(
+        "--limit",
+        type=_at_least_one,
+        default=explore_report.LIMIT,
+        help="largest error bound of the plan, default: %(default)g",
+    )
+    explored.add_argument(
+        "--ideal-tiles",
+        action="store_true",
+        help="count the last tile of an axis as the fraction used, as papers do",
+    )
+    explored.add_argument("--plot", metavar="FILE", help="draw it, as PNG")
+    forms = explored.add_mutually_exclusive_group()
+    for name in ("json", "csv"):
+        forms.add_argument(
+            f"--{name}", dest="form", action="store_const", const=name, default="table"
+        )
+    explored.set_defaults(command=_explore)
+
     transform = commands.add_parser("transform", help="the exact matrices of F(M, R)")
     transform.add_argument("m", metavar="M", type=_positive, help="outputs per tile")
     transform.add_argument("r", metavar="R", type=_positive, help="filter taps")
@@ -142,6 +175,12 @@ def _count(args: argparse.Namespace) -> int:
 
 def _tables(args: argparse.Namespace) -> int:
     print(table_pages.run(args.papers, args.form))
+    return 0
+
+
+def _explore(args: argparse.Namespace) -> int:
+    whole = not args.ideal_tiles
+    print(explore_report.run(args.target, args.form, args.tiles, args.limit, whole, args.plot))
     return 0
 
 
@@ -213,6 +252,16 @@ def _positive(text: str) -> int:
     value = int(text) if text.isdecimal() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return value
+
+
+def _at_least_one(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 1 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
     return value
 
 
