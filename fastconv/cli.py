@@ -1,4 +1,4 @@
-"""`python -m fastconv info | count | demo | tune | transform | bench`."""
+"""`python -m fastconv info | count | tables | explore | demo | tune | transform | bench`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import NoReturn
 
-from fastconv import __version__, backends, count_table, tune_table, winners
+from fastconv import __version__, backends, count_table, explore_report, tune_table, winners
+from fastconv import tables as table_pages
 from fastconv.bench import options as bench_options
 from fastconv.counts import TILES
 from fastconv.errors import BackendError, GeometryError, UnsupportedError
@@ -70,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=count_table.HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    count.add_argument("targets", nargs="+", metavar="NETWORK|LAYER")
+    count.add_argument("targets", nargs="+", metavar="NETWORK|MODEL|LAYER")
     count.add_argument(
         "--tiles",
         type=_tiles,
@@ -78,12 +79,70 @@ def parser() -> argparse.ArgumentParser:
         metavar="M,M,...",
         help="outputs per tile, default: 2,4",
     )
+    count.add_argument(
+        "--ideal-tiles",
+        action="store_true",
+        help="count the last tile of an axis as the fraction used, as papers do",
+    )
+    count.add_argument(
+        "--per-frame", action="store_true", help="one step of a stream instead of the clip"
+    )
+    count.add_argument(
+        "--rule",
+        choices=count_table.RULES,
+        default="",
+        help="operations by a rule that a published table was counted with, besides",
+    )
     form = count.add_mutually_exclusive_group()
     for name in ("json", "csv"):
         form.add_argument(
             f"--{name}", dest="form", action="store_const", const=name, default="table"
         )
     count.set_defaults(command=_count)
+
+    tables = commands.add_parser(
+        "tables", help="the papers' tables, counted here beside printed there"
+    )
+    tables.add_argument("papers", nargs="*", metavar="PAPER", help=", ".join(table_pages.PAPERS))
+    forms = tables.add_mutually_exclusive_group()
+    for name in ("json", "csv"):
+        forms.add_argument(
+            f"--{name}", dest="form", action="store_const", const=name, default="markdown"
+        )
+    tables.set_defaults(command=_tables)
+
+    explored = commands.add_parser(
+        "explore",
+        help="the tiles of a network: error bound against multiplications",
+        epilog=explore_report.HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    explored.add_argument("target", metavar="NETWORK|MODEL")
+    explored.add_argument(
+        "--tiles",
+        type=_tiles,
+        default=explore_report.TILES,
+        metavar="M,M,...",
+        help="outputs per tile, default: 1,2,3,4,5,6",
+    )
+    explored.add_argument(
+        "--limit",
+        type=_at_least_one,
+        default=explore_report.LIMIT,
+        help="largest error bound of the plan, default: %(default)g",
+    )
+    explored.add_argument(
+        "--ideal-tiles",
+        action="store_true",
+        help="count the last tile of an axis as the fraction used, as papers do",
+    )
+    explored.add_argument("--plot", metavar="FILE", help="draw it, as PNG")
+    forms = explored.add_mutually_exclusive_group()
+    for name in ("json", "csv"):
+        forms.add_argument(
+            f"--{name}", dest="form", action="store_const", const=name, default="table"
+        )
+    explored.set_defaults(command=_explore)
 
     tune = commands.add_parser(
         "tune",
@@ -118,7 +177,19 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _count(args: argparse.Namespace) -> int:
-    print(count_table.run(args.targets, args.form, args.tiles))
+    options = count_table.Options(args.tiles, not args.ideal_tiles, args.per_frame, args.rule)
+    print(count_table.run(args.targets, args.form, options))
+    return 0
+
+
+def _tables(args: argparse.Namespace) -> int:
+    print(table_pages.run(args.papers, args.form))
+    return 0
+
+
+def _explore(args: argparse.Namespace) -> int:
+    whole = not args.ideal_tiles
+    print(explore_report.run(args.target, args.form, args.tiles, args.limit, whole, args.plot))
     return 0
 
 
@@ -215,6 +286,16 @@ def _positive(text: str) -> int:
     value = int(text) if text.isdecimal() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return value
+
+
+def _at_least_one(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 1 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
     return value
 
 

@@ -24,6 +24,7 @@ from .transforms import Transform, transform
 DIRECT = ("direct", "grouped", "depthwise", "continual")  # a multiplication per multiply-accumulate
 ALGORITHMS = (*DIRECT, "winograd", "hfa")
 TILES = (2, 4)  # the m that float32 bears on three axes at once, see `transforms.amplification`
+OTHER = "(other)"  # the row of what no listed layer holds
 MAX_TAPS = 7  # axes with more taps per phase stay untransformed, m = 1
 ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 Number = int | Fraction  # a Fraction only where tiles are counted as fractions
@@ -167,6 +168,18 @@ def _stage_transforms(
     return [(transforms[0], one, one), (one, *transforms[1:]), ()]
 
 
+def fast_counts(
+    geometry: Geometry, transforms: Sequence[Transform], dtype: str, whole_tiles: bool
+) -> Counts:
+    """F(m, r) nested over the axes, any number of groups: arithmetic that may have no kernel.
+
+    transforms  F(m, ceil(kernel / stride)) per axis
+    """
+    counts = _fast(geometry, tuple(transforms), dtype, whole_tiles)
+    moved = prod(geometry.x_shape) + prod(geometry.y_shape)
+    return replace(counts, activation_bytes=moved * ELEMENT_BYTES[dtype])
+
+
 def _direct(geometry: Geometry, dtype: str) -> Counts:
     return Counts(
         macs=geometry.macs,
@@ -283,7 +296,7 @@ def network_counts(
     tiles       the m allowed on an axis, besides 1; () keeps every layer direct
     plans       by layer name, the plan that runs it; other layers get `fewest_multiplications`
     parameters  of the whole model: what no listed layer holds (batch norms, say) becomes the row
-                '(other)'
+                OTHER
     """
     rows: list[Row] = []
     seen: set[str] = set()
@@ -305,7 +318,7 @@ def network_counts(
         )
     held = sum(row.parameters for row in rows)
     if parameters is not None and parameters != held:
-        rows.append(Row("(other)", "other", None, (), "", parameters - held, Counts()))
+        rows.append(Row(OTHER, "other", None, (), "", parameters - held, Counts()))
         held = parameters
     whole = sum((row.counts for row in rows), Counts())
     return [*rows, Row("total", "total", None, (), "", held, whole)]

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 
 from . import autotune, backends, costs, planner, winners
 from .autotune import NO_ROOM, Tuned
-from .count_table import layer_text, parse_layer, traced
 from .epilogue import ACTIVATIONS, Epilogue
 from .errors import BackendError, GeometryError, UnsupportedError
 from .geometry import Geometry, SeparableGeometry
 from .layouts import LAYOUTS
+from .notation import layer_text, parse_layer
 from .plan import Request
+from .targets import load
 
 HELP = """\
 Every distinct convolution of a NETWORK (of fastconv.zoo, for its paper's clip or for another one,
@@ -127,7 +128,7 @@ def _convolutions(
         )
     try:
         if network in NETWORKS:
-            for layer in traced(target)[1]:
+            for layer in load(target).layers():
                 if layer.geometry is not None:
                     yield layer.name, layer.geometry, Epilogue(bias=layer.bias)
             return

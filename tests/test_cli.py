@@ -65,7 +65,7 @@ def test_transform_with_points(run):
         (("transform", "2", "3", "--points=0,1/0,2"), "argument --points: expected fractions"),
         (("demo", "--frames", "-3"), "argument --frames: expected a whole number of at least 1"),
         (("demo", "--threads", "two"), "argument --threads: expected a whole number of at least 1"),
-        (("count",), "the following arguments are required: NETWORK|LAYER"),
+        (("count",), "the following arguments are required: NETWORK|MODEL|LAYER"),
         (("count", "x3d_m", "--tiles=4,0"), "argument --tiles: expected whole numbers"),
         (("danse",), "argument COMMAND: invalid choice: 'danse'"),
     ],

@@ -11,7 +11,7 @@ from hypothesis import given
 
 from cases import geometries
 from fastconv.cli import main
-from fastconv.count_table import layer_text, parse_layer, run
+from fastconv.count_table import Options, layer_text, parse_layer, run
 from fastconv.counts import count
 from fastconv.errors import GeometryError, UnsupportedError
 from fastconv.geometry import Geometry, SeparableGeometry
@@ -80,7 +80,7 @@ MISTAKES = [
 @pytest.mark.parametrize(("text", "message"), MISTAKES)
 def test_a_mistake_in_a_layer_is_told(text, message, capsys):
     with pytest.raises(GeometryError) as caught:
-        run([text], "table", (2, 4))
+        run([text], "table", Options((2, 4)))
     assert message in str(caught.value)
     assert main(["count", text]) == 1
     assert capsys.readouterr().err.count("\n") == 1
@@ -88,13 +88,13 @@ def test_a_mistake_in_a_layer_is_told(text, message, capsys):
 
 def test_an_unknown_target_is_told_what_there_is():
     with pytest.raises(UnsupportedError, match="'x4d' is neither a network nor a layer") as caught:
-        run(["x4d"], "table", (2, 4))
+        run(["x4d"], "table", Options((2, 4)))
     assert "x3d_m" in str(caught.value)
     assert "conv3d:64-128:3x3x3@16x56x56" in str(caught.value)
 
 
 def test_a_layer_is_counted_under_each_algorithm():
-    (report,) = json.loads(run([LAYER], "json", (2, 4)))
+    (report,) = json.loads(run([LAYER], "json", Options((2, 4))))
     assert report["target"] == LAYER
     geometry = parse_layer(LAYER)
     names = ["direct", "winograd F(2x2, 3x3)", "winograd F(4x4, 3x3)"]
@@ -121,12 +121,12 @@ def test_a_layer_is_counted_under_each_algorithm():
     ],
 )
 def test_only_algorithms_that_serve_a_layer_are_listed(layer, algorithms):
-    (report,) = json.loads(run([layer], "json", (2, 3)))
+    (report,) = json.loads(run([layer], "json", Options((2, 3))))
     assert [row["algorithm"] for row in report["rows"]] == algorithms
 
 
 def test_the_table_of_a_layer():
-    assert run(["conv1d:2-4:1@1000"], "table", (2,)).splitlines() == [
+    assert run(["conv1d:2-4:1@1000"], "table", Options((2,))).splitlines() == [
         "conv1d:2-4:1@1000: under each algorithm",
         "algorithm  params   MACs  mults  weights  activ.  ops/byte",
         "direct          8  8.00k  8.00k      32B  24.0kB       0.7",
@@ -172,5 +172,94 @@ def test_a_network_in_every_form(capsys):
 def test_a_clip_no_network_takes_is_told(target, message):
     pytest.importorskip("torch")
     with pytest.raises(GeometryError) as caught:
-        run([target], "table", (2, 4))
+        run([target], "table", Options((2, 4)))
     assert str(caught.value).startswith(message)
+
+
+def count_json(capsys, *arguments):
+    assert main(["count", *arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_network_under_each_algorithm_and_rule(capsys):
+    pytest.importorskip("torch")
+    (report,) = count_json(capsys, "c3d@64x112x112", "--ideal-tiles", "--tiles", "4")
+    *rows, total = report["rows"]
+    dense = [row for row in rows if row["kind"] == "conv"]
+    assert {row["winograd_3d_tile"] for row in dense} == {"4x4x4"}
+    assert sum(row["winograd_3d_multiplications"] for row in dense) == 19_248_316_416
+    for name in ("winograd_1d", "winograd_2d", "winograd_3d", "hfa"):
+        of_rows = sum(row[f"{name}_multiplications"] for row in rows)
+        assert of_rows == total[f"{name}_multiplications"]
+    assert total["hfa_multiplications"] == total["macs"], "C3D has nothing separable"
+
+    (report,) = count_json(capsys, "shufflenet3d_v1_x0_5", "--rule", "thop")
+    assert report["rows"][-1]["operations"] == 77_781_744
+    assert sum(row["operations"] for row in report["rows"][:-1]) == 77_781_744
+    assert main(["count", "shufflenet3d_v1_x0_5", "--rule", "thop"]) == 0
+    out = capsys.readouterr().out
+    assert "operations, rule thop          77,781,744" in out.splitlines()
+
+
+def test_a_rule_counts_what_has_no_parameters(capsys):
+    pytest.importorskip("torch")
+    (report,) = count_json(capsys, "squeezenet3d", "--rule", "thop-2019")
+    assert report["rows"][-1]["operations"] == 728_498_048
+    (report,) = count_json(capsys, "test_count_table:plain@3x8x8", "--rule", "thop")
+    assert [row["layer"] for row in report["rows"]] == ["0", "(other)", "total"]
+    assert [row["operations"] for row in report["rows"]] == [64 * 4 * 28, 256, 64 * 4 * 29]
+
+
+def plain():
+    from torch import nn
+
+    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU())
+
+
+def test_a_step_of_a_stream(capsys):
+    pytest.importorskip("torch")
+    (report,) = count_json(capsys, "x3d_m", "--per-frame", "--rule", "ptflops")
+    total = report["rows"][-1]
+    assert (total["macs"], total["operations"]) == (297_525_776, 325_456_057)
+    stem = report["rows"][1]
+    assert stem["convolution"] == "conv3d:24-24:5x1x1@5x112x112:g24"
+    assert main(["count", "x3d_m", "--per-frame", "--rule", "thop"]) == 1
+    assert capsys.readouterr().err == "fastconv: count: only rule ptflops counts steps, not thop\n"
+
+
+def test_networks_for_images(capsys):
+    pytest.importorskip("torch")
+    small, whole = count_json(capsys, "resnet18@112x112", "resnet18")
+    assert whole["rows"][-1]["macs"] == 1_814_073_344
+    assert small["note"] == "input 1x3x112x112, float32"
+    assert small["rows"][-1]["macs"] < whole["rows"][-1]["macs"]
+
+
+MODELS = [
+    ("test_count_table:plain@3x8x8", None),
+    ("test_count_table:missing@3x8x8", "test_count_table:missing cannot be imported: module "),
+    ("no_such_module:net@3x8x8", "no_such_module:net cannot be imported: No module named"),
+    ("builtins:int@3x8x8", "builtins:int made a int, not a torch.nn.Module"),
+    ("test_count_table:count_json@3x8x8", "test_count_table:count_json made no model without "),
+    ("test_count_table:plain@4x8x8", "test_count_table:plain does not take 8x8: "),
+    ("resnet18@8x8x8", "expected resnet18@HEIGHTxWIDTH, got 'resnet18@8x8x8'"),
+]
+
+
+@pytest.mark.parametrize(("target", "message"), MODELS)
+def test_models_of_ones_own(target, message, capsys):
+    pytest.importorskip("torch")
+    code = main(["count", target])
+    out, err = capsys.readouterr()
+    if message is None:
+        assert code == 0
+        assert "multiply-accumulates (direct)  6,912" in out
+    else:
+        assert code == 1
+        assert err.startswith(f"fastconv: count: {message}")
+        assert err.count("\n") == 1
+
+
+def test_rules_are_for_networks(capsys):
+    assert main(["count", LAYER, "--rule", "thop"]) == 1
+    assert "rules are for networks" in capsys.readouterr().err

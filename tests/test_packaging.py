@@ -96,7 +96,7 @@ def test_the_wheel_holds_the_package_and_nothing_beside_it(wheel):
     }
     expected |= {f"fastconv/reference/{p.name}" for p in ROOT.glob("reference/*.py")}
     expected |= {f"fastconv/bench/{p.name}" for p in ROOT.glob("bench/*.py")}
-    expected |= {"fastconv/py.typed", "fastconv/bench/cases.csv"}
+    expected |= {"fastconv/py.typed", "fastconv/published.csv", "fastconv/bench/cases.csv"}
     assert {name for name in names if name.startswith("fastconv/")} == expected
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fastconv.algorithms import step_of
 from fastconv.geometry import Geometry
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -31,7 +32,7 @@ class Layer:
     x_shape, y_shape: of a convolution with a batch axis, also where the call had none;
         (..., features) of a linear layer
     stride, padding, dilation: as in the module, one per axis, padding possibly 'same' or 'valid';
-        () for a linear layer
+        () for a linear layer; of one step of a stream, padding is (before, after) per axis
     module: class name
     """
 
@@ -41,7 +42,7 @@ class Layer:
     w_shape: tuple[int, ...]
     y_shape: tuple[int, ...]
     stride: tuple[int, ...]
-    padding: tuple[int, ...] | str
+    padding: tuple[int, ...] | tuple[tuple[int, int], ...] | str
     dilation: tuple[int, ...]
     groups: int
     bias: bool
@@ -63,6 +64,14 @@ class Layer:
         return Geometry.of(
             self.x_shape, self.w_shape, self.stride, self.padding, self.dilation, self.groups
         )
+
+
+def one_step(layer: Layer) -> Layer:
+    """The layer on one step of a stream: see `fastconv.algorithms.step_of`."""
+    if layer.geometry is None:
+        return layer
+    step = step_of(layer.geometry)
+    return replace(layer, x_shape=step.x_shape, y_shape=step.y_shape, padding=step.padding)
 
 
 def trace(model: nn.Module, *example_inputs: Any) -> list[Layer]:

@@ -6,6 +6,7 @@ Source: Tran et al., Learning Spatiotemporal Features with 3D Convolutional Netw
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ FEATURES, HIDDEN = 512, 4096
 # Variance gain of the weights: 2 between two ReLUs, 1 at either end.
 GAINS = {"trunk.conv1a": 1.0, "classifier.fc8": 1.0}
 Clip = tuple[int, int, int]
+Layer = Callable[[int, int, int], nn.Module]
 
 
 def c3d(*, num_classes: int = 487, clip: Clip = (16, 112, 112), seed: int = 0) -> C3D:
@@ -45,10 +47,12 @@ class C3D(nn.Module):
     is as wide as the trunk's output for `clip` (8192 at 16 x 112 x 112), so the whole network takes
     only clips that the poolings bring to that same extent.
 
+    layer: layer(number, c_in, c_out) makes the convolution of that number, counted from 0
+
     Raises ValueError for any other clip.
     """
 
-    def __init__(self, *, num_classes: int, clip: Clip) -> None:
+    def __init__(self, *, num_classes: int, clip: Clip, layer: Layer | None = None) -> None:
         super().__init__()
         self.clip = clip
         if min(pooled(clip)) < 1:
@@ -57,7 +61,7 @@ class C3D(nn.Module):
             )
         frames, height, width = pooled(clip)
         width_of_fc6 = FEATURES * frames * height * width
-        self.trunk = _trunk()
+        self.trunk = _trunk(layer or _dense)
         self.classifier = nn.Sequential(
             OrderedDict(
                 flatten=nn.Flatten(),
@@ -93,13 +97,17 @@ def _padded_half(size: int) -> int:
     return size // 2 + 1 if size else 0
 
 
-def _trunk() -> nn.Sequential:
+def _dense(number: int, c_in: int, c_out: int) -> nn.Module:
+    return nn.Conv3d(c_in, c_out, 3, padding=1)
+
+
+def _trunk(layer: Layer) -> nn.Sequential:
     layers: OrderedDict[str, nn.Module] = OrderedDict()
-    channels = 3
+    channels, done = 3, 0
     for number, (widths, kernel, padding) in enumerate(STAGES, start=1):
         for letter, width in zip("ab", widths, strict=False):
-            layers[f"conv{number}{letter}"] = nn.Conv3d(channels, width, 3, padding=1)
+            layers[f"conv{number}{letter}"] = layer(done, channels, width)
             layers[f"relu{number}{letter}"] = nn.ReLU(inplace=True)
-            channels = width
+            channels, done = width, done + 1
         layers[f"pool{number}"] = nn.MaxPool3d(kernel, kernel, padding)
     return nn.Sequential(layers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import sqrt
 from typing import TypeVar
 
@@ -52,3 +52,8 @@ def _normal(target: Tensor | None, std: float, stream: torch.Generator) -> None:
 def _uniform(target: Tensor | None, low: float, high: float, stream: torch.Generator) -> None:
     if target is not None and not target.is_meta:
         target.copy_(torch.rand(target.shape, generator=stream, device="cpu") * (high - low) + low)
+
+
+def by_part(gains: Mapping[str, float]) -> Callable[[str], float]:
+    """A gain by the first part of a qualified name that is listed, 2 without."""
+    return lambda name: next((gains[part] for part in name.split(".") if part in gains), 2.0)

@@ -13,7 +13,8 @@ from math import ceil
 
 from torch import Tensor, nn
 
-from .weights import seeded
+from .units import conv_bn, relu
+from .weights import by_part, seeded
 
 STEM = 24
 # name, channels, inner channels (2.25 times that), squeeze channels (a sixteenth of inner, rounded
@@ -51,11 +52,7 @@ def x3d_l(*, num_classes: int = 400, seed: int = 0) -> X3D:
 
 
 def _build(depth: float, num_classes: int, seed: int) -> X3D:
-    return seeded(lambda: X3D(depth=depth, num_classes=num_classes), seed, _gain)
-
-
-def _gain(name: str) -> float:
-    return next((GAINS[part] for part in name.split(".") if part in GAINS), 2.0)
+    return seeded(lambda: X3D(depth=depth, num_classes=num_classes), seed, by_part(GAINS))
 
 
 class X3D(nn.Module):
@@ -87,7 +84,7 @@ class X3D(nn.Module):
         self.stages = nn.Sequential(stages)
         self.head = nn.Sequential(
             OrderedDict(
-                features=_conv_bn(channels, HEAD[0], relu=True),
+                features=conv_bn(channels, HEAD[0], act=relu),
                 pool=nn.AdaptiveAvgPool3d(1),
                 hidden=nn.Conv3d(*HEAD, 1, bias=False),
                 relu=nn.ReLU(inplace=True),
@@ -123,12 +120,12 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         stride = (1, 2, 2) if first else (1, 1, 1)
-        self.expand = _conv_bn(c_in, inner, relu=True)
-        self.depthwise = _conv_bn(inner, inner, kernel=3, stride=stride, groups=inner)
+        self.expand = conv_bn(c_in, inner, act=relu)
+        self.depthwise = conv_bn(inner, inner, 3, stride, groups=inner)
         self.excite = SqueezeExcite(inner, squeeze) if squeeze else nn.Identity()
         self.swish = nn.SiLU(inplace=True)
-        self.project = _conv_bn(inner, c_out)
-        self.shortcut = _conv_bn(c_in, c_out, stride=stride) if first else nn.Identity()
+        self.project = conv_bn(inner, c_out)
+        self.shortcut = conv_bn(c_in, c_out, 1, stride) if first else nn.Identity()
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -160,21 +157,3 @@ class SqueezeExcite(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         scaled: Tensor = x * self.gate(x)
         return scaled
-
-
-def _conv_bn(
-    c_in: int,
-    c_out: int,
-    *,
-    kernel: int = 1,
-    stride: tuple[int, int, int] = (1, 1, 1),
-    groups: int = 1,
-    relu: bool = False,
-) -> nn.Sequential:
-    layers: OrderedDict[str, nn.Module] = OrderedDict(
-        conv=nn.Conv3d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=False),
-        bn=nn.BatchNorm3d(c_out),
-    )
-    if relu:
-        layers["relu"] = nn.ReLU(inplace=True)
-    return nn.Sequential(layers)
