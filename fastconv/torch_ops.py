@@ -214,6 +214,11 @@ def continual_step(
 
             x, r = dense(input, plan.layout), dense(residual, plan.layout)
             continual.run(plan, x, packed, bias, r, state.frames, state.steps, y, None)
+        elif plan.backend == "c":
+            if y.numel():
+                x, r = dense(input, plan.layout), dense(residual, plan.layout)
+                workspace = ops.workspace(packed.workspace_size(), _FLOAT32)
+                packed.step(x, bias, r, state.frames, state.steps, y, workspace)
         else:
             if plan.backend == "numba":
                 _follow_threads()
@@ -230,7 +235,8 @@ class Runner:
         module = backends.kernel(plan.family, plan.backend)
         self.plan = plan
         self._run = module.run
-        self._workspace_size = 0 if plan.backend == "torch" else module.workspace_size(plan)
+        self._size_of = module.workspace_size
+        self._sizes: dict[int, int] = {}  # by number of threads
         self._y_shape = plan.geometry.y_shape
         # PyTorch's convolution allocates its own result: one pass over memory less than `run`.
         plain = isinstance(plan.epilogue, Epilogue) and plan.epilogue.plain
@@ -251,15 +257,17 @@ class Runner:
         if self.plan.backend == "torch":
             self._run(self.plan, x, packed, bias, residual, y, None)
             return y
-        if self.plan.backend == "c":  # sees addresses only
-            workspace = ops.workspace(self._workspace_size, _FLOAT32)
+        if self.plan.backend == "c":  # sees addresses only, and knows what was packed
+            workspace = ops.workspace(packed.workspace_size(), _FLOAT32)
             self._run(self.plan, x, packed, bias, residual, y, workspace)
             return y
-        if self.plan.backend == "numba":
-            _follow_threads()
+        threads = _follow_threads() if self.plan.backend == "numba" else 0
+        size = self._sizes.get(threads)
+        if size is None:
+            size = self._sizes[threads] = self._size_of(self.plan)
         b = tuple(map(_view, bias)) if isinstance(bias, tuple) else _view(bias)
         x_view, y_view = _view(x), _view(y)
-        workspace = ops.workspace(self._workspace_size, y_view.dtype)
+        workspace = ops.workspace(size, y_view.dtype)
         self._run(self.plan, x_view, packed, b, _view(residual), y_view, workspace)
         return y
 
@@ -379,8 +387,8 @@ def dense(tensor: MaybeTensor, layout: str) -> MaybeTensor:
     return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
-def _follow_threads() -> None:
-    """`torch.set_num_threads` rules the Numba kernels too."""
+def _follow_threads() -> int:
+    """`torch.set_num_threads` rules the Numba kernels too; their number."""
     import numba
 
     from .numba_kernels import simd
@@ -388,3 +396,4 @@ def _follow_threads() -> None:
     wanted = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
     if simd.threads() != wanted:
         numba.set_num_threads(wanted)
+    return wanted

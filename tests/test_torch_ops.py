@@ -9,8 +9,10 @@ from cases import geometries
 torch = pytest.importorskip("torch")
 
 import fastconv  # noqa: E402  (after the skip)
-from fastconv import ops, torch_ops  # noqa: E402
+from fastconv import ops, planner, torch_ops  # noqa: E402
+from fastconv.backends import available, kernel  # noqa: E402
 from fastconv.errors import UnsupportedError  # noqa: E402
+from fastconv.geometry import Geometry  # noqa: E402
 
 F = torch.nn.functional
 CPU = [b for b in ("reference", "numba", "torch") if fastconv.backends.available()[b] is None]
@@ -204,3 +206,24 @@ def test_continual_step_on_tensors(backend):
         y = fastconv.continual_step(stream[:, :, t], state, w, padding=(0, 1, 1), backend=backend)
         close(y, want[:, :, t])
     assert state.steps.tolist() == [6, 6]
+
+
+@pytest.mark.parametrize("backend", [b for b in ("numba", "c") if available()[b] is None])
+def test_a_workspace_is_for_the_threads_of_its_call(backend, monkeypatch):
+    """A runner outlives a change of the number of threads, and schedules depend on it."""
+    geometry = Geometry.of((1, 3, 8, 56, 56), (64, 3, 3, 3, 3), 1, 1)
+    runner = torch_ops.Runner(planner.plan(geometry, backend=backend, algorithm="direct"))
+    w = torch.randn(geometry.w_shape)
+    x = torch.randn(geometry.x_shape).contiguous(memory_format=torch.channels_last_3d)
+    module, sizes = kernel(runner.plan.family, backend), []
+
+    def measured(size, dtype):
+        sizes.append(size)
+        return np.empty(size, dtype)
+
+    monkeypatch.setattr(torch_ops.ops, "workspace", measured)
+    for threads in (2, 1, 2):
+        torch.set_num_threads(threads)
+        packed = torch_ops.packed_weights(runner.plan, w)
+        runner(x, packed, None)
+        assert sizes[-1] >= module.workspace_size(runner.plan)

@@ -224,11 +224,21 @@ class Packed:
             self._threads(workspace),
         )
 
+    def workspace_size(self) -> int:
+        """Floats that a call needs with as many threads as now."""
+        return self._copies + self.shared + threads() * self.each
+
     def _threads(self, workspace: Any) -> int:
         """No more threads than the workspace was made for."""
         if not self.each:
             return threads()
-        return min(threads(), (workspace.size - self._copies - self.shared) // self.each)
+        room = workspace.size - self._copies - self.shared
+        if room < self.each:
+            raise BackendError(
+                f"the workspace has {workspace.size} elements; "
+                f"one thread needs {self._copies + self.shared + self.each}"
+            )
+        return min(threads(), room // self.each)
 
 
 def refuse_dtype(dtype: str) -> str | None:
