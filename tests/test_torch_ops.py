@@ -1,5 +1,6 @@
 """The operator on tensors: schema, fake, gradient, layouts, compilation, fresh packed weights."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
