@@ -214,6 +214,25 @@ static void dense_products(const dense_call *d, const float *const *table, const
         }
 }
 
+/* Replace the inputs of a block, of one tap, by activation(input * scale): scaled (pixels, C). */
+static void dense_scale(const dense_call *d, const float **table, const float *zeros, int64_t begin,
+                        int64_t end, float *scaled) {
+    const fc_geometry *g = &d->params->geometry;
+    int64_t channels = g->in_channels;
+    int64_t of_image = g->out_size[0] * g->out_size[1] * g->out_size[2];
+    for (int64_t q = begin; q < end; q++, table++, scaled += channels) {
+        if (*table == zeros) continue;
+        const float *x = *table, *scale = d->arrays->bias[1] + q / of_image * channels;
+        for (int64_t j = 0; j < channels; j += VL) {
+            int64_t n = vcount(channels, j);
+            vstore_n(scaled + j, vload_n(x + j, n) * vload_n(scale + j, n), n);
+        }
+        if (d->params->input_activation)
+            activate_rows(scaled, channels, 1, channels, d->params->input_activation);
+        *table = scaled;
+    }
+}
+
 static void dense_item(void *context, int64_t item, int thread) {
     const dense_call *d = context;
     const fc_grouped *p = d->params;
@@ -245,6 +264,7 @@ static void dense_item(void *context, int64_t item, int thread) {
                                 table + (q - begin - start));
             q += stop - start;
         }
+        if (p->scaled) dense_scale(d, table, zeros, begin, end, copy.packed);
         dense_products(d, table, zeros, begin, end, first_panel, last_panel);
     }
 }

@@ -40,10 +40,12 @@ typedef struct {
     const int64_t *residues, *offsets;
 } fc_pixel_lanes;
 
-/* work  cycles on one thread, roughly;  each  floats of workspace per thread */
+/* work    cycles on one thread, roughly;  each  floats of workspace per thread
+   scaled  the input is input_activation(x * scale), where scale (N, C) comes in place of a second
+           bias: squeeze and excitation in front of a convolution of one tap, FC_PIXEL_ROWS alone */
 typedef struct {
     fc_geometry geometry;
-    int32_t form, activation;
+    int32_t form, activation, scaled, input_activation;
     int64_t work, each;
     fc_pixel_rows rows;
     fc_pixel_lanes lanes;

@@ -14,6 +14,7 @@ from fastconv.backends import kernel
 from fastconv.epilogue import ACTIVATIONS, Epilogue
 from fastconv.geometry import Geometry
 from fastconv.plan import CHANNELS_LAST, LAYOUTS, Plan
+from fastconv.reference import direct
 from pages import BetweenForbiddenPages, needs_mprotect
 
 backends = pytest.mark.parametrize("backend", cases.CPU_BACKENDS)
@@ -255,6 +256,30 @@ def test_c_bits_do_not_depend_on_the_number_of_threads(backend, form, monkeypatc
         use_c_threads(monkeypatch, threads)
         results.append(cases.execute(plan, x, w))
     assert all(np.array_equal(y, results[0]) for y in results)
+
+
+@in_c
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_c_scales_its_input_on_the_way(backend, activation, layout, monkeypatch):
+    """As if x * scale had been activated in front; padding stays zero."""
+    geometry = Geometry.of((3, 70, 2, 5, 7), (40, 70, 1, 1, 1), (1, 2, 1), (0, 1, 1))
+    plan = plan_for(backend, geometry, layout=layout, epilogue=Epilogue(bias=True))
+    x, w, bias, _ = cases.arrays_for(plan)
+    scale = cases.random((3, 70), 4)
+    front = Epilogue(activation=activation)
+    ahead = np.float32(direct.finish(x * scale[..., None, None, None], None, None, front))
+    for threads in (1, 3):
+        use_c_threads(monkeypatch, threads)
+        with cases.isa_of(plan):
+            packed = kernel("grouped", "c").prepack_scaled(w, plan, activation)
+            size = kernel("grouped", "c").workspace_size_scaled(plan)
+        y = cases.Fenced(geometry.y_shape, "float32", layout)
+        workspace = cases.Fenced((size,))
+        packed.run(cases.laid_out(x, layout), (bias, scale, None), None, y.array, workspace.array)
+        y.check()
+        workspace.check()
+        tolerance.assert_conv_close(y.array, plan, ahead, w, bias)
 
 
 @needs_mprotect

@@ -6,7 +6,7 @@ import functools
 
 import numpy as np
 
-from ..epilogue import Epilogue
+from ..epilogue import ACTIVATIONS, Epilogue
 from ..geometry import Geometry
 from ..plan import Plan
 from . import launch, products, strips
@@ -39,12 +39,31 @@ def _cycles(cut: strips.Strips | products.Products) -> int:
 
 def prepack(weights: np.ndarray, plan: Plan) -> Packed:
     """w (K, C / G, *kernel) in the order in which the kernel reads it."""
-    cut = _cut(plan.geometry, launch.lanes())
+    return _packed(weights, plan, _cut(plan.geometry, launch.lanes()))
+
+
+def prepack_scaled(weights: np.ndarray, plan: Plan, activation: str) -> Packed:
+    """`prepack` for a convolution of one tap of activation(x * scale), in one pass over x.
+
+    What it returns runs as packed.run(x, (bias, scale, None), residual, y, workspace) with scale
+    (N, C) and `workspace_size_scaled(plan)` elements.
+    """
+    cut = products.cut(plan.geometry, launch.lanes(), scaled=True)
+    return _packed(weights, plan, cut, ACTIVATIONS.index(activation))
+
+
+def _packed(
+    weights: np.ndarray,
+    plan: Plan,
+    cut: strips.Strips | products.Products,
+    input_activation: int = 0,
+) -> Packed:
     values = {
         "geometry": launch.c_geometry(cut.geometry),
         "activation": launch.activation_of(plan.epilogue),
         "work": _cycles(cut),
         "each": launch.lines(cut.each),
+        "input_activation": input_activation,
     }
     if isinstance(cut, strips.Strips):
         fields, keep = cut.fields()
@@ -52,7 +71,7 @@ def prepack(weights: np.ndarray, plan: Plan) -> Packed:
         packed = strips.pack(weights, cut)
     else:
         keep = []
-        values |= {"form": lib.FC_PIXEL_ROWS, "rows": cut.fields()}
+        values |= {"form": lib.FC_PIXEL_ROWS, "rows": cut.fields(), "scaled": cut.scaled}
         packed = products.pack(weights, cut)
     params = ffi.new("fc_grouped *", values)
     return Packed(plan, packed, params, each=cut.each, keep=keep)
@@ -61,6 +80,12 @@ def prepack(weights: np.ndarray, plan: Plan) -> Packed:
 def workspace_size(plan: Plan) -> int:
     """Elements of plan.dtype that `run` needs as scratch."""
     return launch.workspace_elements(plan, 0, _cut(plan.geometry, launch.lanes()).each)
+
+
+def workspace_size_scaled(plan: Plan) -> int:
+    """Elements of plan.dtype that what `prepack_scaled` returned needs as scratch."""
+    cut = products.cut(plan.geometry, launch.lanes(), scaled=True)
+    return launch.workspace_elements(plan, 0, cut.each)
 
 
 def run(plan, x, packed, bias, residual, y, workspace) -> None:
