@@ -28,7 +28,9 @@ def glue() -> str:
     for name in HEADERS:
         ffi.cdef((HERE / name).read_text())
     includes = "".join(f'#include "{name}"\n' for name in HEADERS)
-    ffi.set_source(MODULE, f"#include <stddef.h>\n#include <stdint.h>\n{includes}", py_limited_api=True)
+    ffi.set_source(
+        MODULE, f"#include <stddef.h>\n#include <stdint.h>\n{includes}", py_limited_api=True
+    )
     return _emitted(ffi)
 
 
@@ -52,7 +54,10 @@ def programs() -> str:
     for r in TAPS:
         for m in TILES:
             t = transform(m, r)
-            lines += [*_function(f"bt_{m}_{r}", t.input_program), *_function(f"at_{m}_{r}", t.output_program)]
+            lines += [
+                *_function(f"bt_{m}_{r}", t.input_program),
+                *_function(f"at_{m}_{r}", t.output_program),
+            ]
     pairs = "".join(f" X({m}, {r}, {m + r - 1})" for r in TAPS for m in TILES)
     return "\n".join([*lines, f"#define EACH_PROGRAM(X){pairs}", ""])
 
