@@ -14,7 +14,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 MODULE = "fastconv.c_kernels._csrc"
 # What Python may call: read by cffi, so each is free of preprocessor lines.
-HEADERS = ("fastconv.h", "winograd.h")
+HEADERS = ("fastconv.h", "winograd.h", "depthwise.h", "grouped.h", "hfa.h", "continual.h")
 SOURCES = ("fastconv.c", "isa_avx512.c", "isa_avx2.c", "isa_plain.c")
 # F(m, r) with compiled programs; `fastconv.c_kernels.programs` refuses others.
 TILES, TAPS = range(1, 7), range(2, 8)
@@ -50,7 +50,7 @@ def programs() -> str:
         from fastconv.transforms import transform
     finally:
         sys.path.pop(0)
-    lines = ["/* Straight-line programs of F(m, r): v = BT d and y = AT m. */", ""]
+    lines = ["/* Straight-line programs of F(m, r): v = BT d and y = AT m. */", "#pragma once", ""]
     for r in TAPS:
         for m in TILES:
             t = transform(m, r)
