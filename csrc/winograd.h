@@ -6,7 +6,7 @@ typedef struct {
     int64_t m, r, alpha;      /* of F(m, r); alpha is 1 for an axis without a transform */
     int64_t tiles, divisor;   /* place of a tile on the axis: number / divisor % tiles */
     int64_t in_size, out_size, in_step, out_step;
-    int64_t stride, pad, phases;
+    int64_t kernel, stride, pad, phases;
 } fc_winograd_axis;
 
 /* V is [point][tile][v_row] with v_point between points, M [point][tile][width] with m_point, where

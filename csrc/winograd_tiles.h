@@ -35,8 +35,9 @@ INLINE void skip_places(const fc_winograd *p, tile_place *place, int64_t count) 
     place->image++;
 }
 
-/* The inputs of a tile under one phase: those with low <= index < high on every axis are in x, the
-   others are zeros. `rest` is where x ends, beyond the tile or not; origin that of index 0. */
+/* The inputs of a tile under one phase: those with low <= index < high on every axis are in x and
+   reach outputs that are in y, the others are taken for zeros. `rest` is where x ends, beyond the
+   tile or not; origin that of index 0. */
 typedef struct {
     int64_t low[3], high[3], rest[3], step[3], origin;
     int empty;
@@ -50,10 +51,12 @@ INLINE tile_window window_of(const fc_winograd *p, const tile_place *place, cons
         int64_t before = first < 0 ? -first : 0, after = fc_max(axis->in_size - first, 0);
         w.low[a] = fc_min(s == 1 ? before : fc_ceil_div(before, s), axis->alpha);
         w.rest[a] = s == 1 ? after : fc_ceil_div(after, s);
-        w.high[a] = fc_min(w.rest[a], axis->alpha);
+        int64_t outputs = fc_min(axis->out_size - place->at[a] * axis->m, axis->m);
+        int64_t taps = fc_ceil_div(axis->kernel - phase[a], s); /* of r, the others being zeros */
+        w.high[a] = fc_min(w.rest[a], outputs + axis->r - 1);
         w.step[a] = axis->in_step * s;
         w.origin += first * axis->in_step;
-        w.empty |= w.low[a] >= w.high[a];
+        w.empty |= w.low[a] >= fc_min(w.high[a], outputs + taps - 1);
     }
     return w;
 }

@@ -142,6 +142,7 @@ class Schedule:
                 "out_size": geometry.out_size[axis],
                 "in_step": geometry.in_channels * prod(geometry.in_size[axis + 1 :]),
                 "out_step": geometry.out_channels * prod(geometry.out_size[axis + 1 :]),
+                "kernel": geometry.kernel[axis],
                 "stride": geometry.stride[axis],
                 "pad": geometry.padding[axis][0],
                 "phases": self.phases[i],
