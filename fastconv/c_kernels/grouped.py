@@ -58,6 +58,7 @@ def _packed(
     cut: strips.Strips | products.Products,
     input_activation: int = 0,
 ) -> Packed:
+    assert isinstance(plan.epilogue, Epilogue)
     values = {
         "geometry": launch.c_geometry(cut.geometry),
         "activation": launch.activation_of(plan.epilogue),
