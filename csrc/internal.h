@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #include "fastconv.h"
+#include "depthwise.h"
 #include "families.h"
 
 #define FC_LINE 16 /* floats of a cache line */

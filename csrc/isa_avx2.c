@@ -1,9 +1,9 @@
 #if defined(__x86_64__)
 #include <stdint.h>
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,bmi2"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,bmi2,prfchw"))), apply_to = function)
 #else
-#pragma GCC target("avx2,fma,bmi2")
+#pragma GCC target("avx2,fma,bmi2,prfchw")
 #endif
 
 static int usable(void) {

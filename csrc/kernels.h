@@ -4,11 +4,12 @@
 #include "internal.h"
 #include "gemm.h"
 #include "transpose.h"
+#include "depthwise.c"
 
 const fc_isa ISA = {
     .name = ISA_NAME,
     .lanes = VL,
     .usable = usable,
     .transpose = transpose,
-    .run = {0},
+    .run = {[FC_DEPTHWISE] = depthwise_run},
 };

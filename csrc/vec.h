@@ -65,6 +65,16 @@ INLINE void vstore_n(float *p, vec v, int64_t n) {
     for (int64_t i = 0; i < n; i++) p[i] = v[i];
 }
 #endif
+/* v[lanes[i]] in every lane i. */
+#if VL == 16
+INLINE vec vpermute(vec v, vec_int lanes) { return _mm512_permutexvar_ps((__m512i)lanes, v); }
+#elif VL == 8
+INLINE vec vpermute(vec v, vec_int lanes) { return _mm256_permutevar8x32_ps(v, (__m256i)lanes); }
+#else
+INLINE vec vpermute(vec v, vec_int lanes) {
+    return (vec){v[lanes[0]], v[lanes[1]], v[lanes[2]], v[lanes[3]]};
+}
+#endif
 /* Valid lanes of the vector that begins at lane `first` of a row of `count`. */
 INLINE int64_t vcount(int64_t count, int64_t first) {
     int64_t n = count - first;
