@@ -7,6 +7,7 @@
 
 #include "fastconv.h"
 #include "winograd.h"
+#include "depthwise.h"
 #include "grouped.h"
 #include "hfa.h"
 #include "continual.h"

@@ -6,6 +6,7 @@
 #include "programs.h"
 #include "transpose.h"
 #include "winograd.c"
+#include "depthwise.c"
 #include "grouped.c"
 #include "hfa.c"
 #include "continual.c"
@@ -16,5 +17,8 @@ const fc_isa ISA = {
     .usable = usable,
     .transpose = transpose,
     .step = continual_frames,
-    .run = {[FC_WINOGRAD] = winograd_run, [FC_GROUPED] = grouped_run, [FC_HFA] = hfa_run},
+    .run = {[FC_WINOGRAD] = winograd_run,
+            [FC_DEPTHWISE] = depthwise_run,
+            [FC_GROUPED] = grouped_run,
+            [FC_HFA] = hfa_run},
 };

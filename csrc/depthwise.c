@@ -1,0 +1,248 @@
+/* Depthwise convolution: along one axis by lines, otherwise by tiles of outputs. */
+#include "depthwise_lines.h"
+#include "depthwise_loops.h"
+#include "depthwise_tile.h"
+
+enum {
+    DW_SERIAL = 1 << 18,      /* multiplications below which starting threads would not pay */
+    DW_NEAR_VECTORS = 4,      /* of channels in a region: its rows, and their weights, stay in L1 */
+    DW_NEAR_BYTES = 40 << 10, /* of input that a region reads for one output frame: stays in L1 */
+    DW_ITEMS = 4              /* for every thread, so that they end together */
+};
+
+static int64_t dw_vectors(const fc_geometry *g) { return fc_ceil_div(g->out_channels, VL); }
+
+/* First output channel of a vector: the last one ends with the channels, and repeats some of the
+   one before it. */
+static int64_t dw_channel(const fc_geometry *g, int64_t vector) {
+    return fc_max(0, fc_min(vector * VL, g->out_channels - VL));
+}
+
+/* Bits for the `count` positions from `first` on: set inside 0..size. */
+static uint64_t dw_inside(int64_t first, int64_t count, int64_t size) {
+    int64_t from = fc_max(0, fc_min(count, -first)), to = fc_max(from, fc_min(count, size - first));
+    return (((uint64_t)1 << to) - 1) & ~(((uint64_t)1 << from) - 1);
+}
+
+/* An item is a region of the output through a range of frames.
+
+   With taps along T a region is one tile of a few vectors, and goes through the frames: what KT
+   frames hold for it stays in L1, so that every frame is read from further away once. Otherwise it
+   is a strip of whole rows.
+
+   frames   address of every input frame, NULL where frames follow one another from x on
+   lane_of  per vector, which input lane each output lane reads; NULL with multiplier 1
+   high, wide, deep     outputs along H and W, and vectors, of a region
+   down, across, groups, chunks   how many regions, and ranges of frames
+   ahead    ask for what later tiles read and write */
+typedef struct {
+    const fc_depthwise *d;
+    const fc_arrays *a;
+    const float *const *frames;
+    const tile_kind *kind;
+    const float *zeros;
+    const vec_int *lane_of;
+    int64_t cols, high, wide, deep, down, across, groups, chunks;
+    int width, through, ahead;
+} dw_job;
+
+typedef struct {
+    int64_t image, top, bottom, left, right, vector, last_vector;
+} dw_region;
+
+/* The planes that output frame t of an image reads, and the first tap that reads one. */
+static int64_t dw_planes(const dw_job *j, int64_t image, int64_t t, const float **planes,
+                         int64_t *first) {
+    const fc_geometry *g = &j->d->geometry;
+    int64_t start = t * g->stride[0] - g->pad[0], step = g->dilation[0], time = g->in_size[0];
+    int64_t size = g->in_size[1] * g->in_size[2] * g->in_channels, count = 0;
+    *first = start < 0 ? fc_ceil_div(-start, step) : 0;
+    for (int64_t k = *first; k < g->kernel[0] && start + k * step < time; k++) {
+        int64_t frame = image * time + start + k * step;
+        planes[count++] = j->frames ? j->frames[frame] : j->a->x + frame * size;
+    }
+    return count;
+}
+
+/* What to ask for: a row of tiles reads x and writes y, both at channel 0 of the first column. */
+typedef struct {
+    const float *x, *y;
+} dw_ahead;
+
+/* The tiles of a row in a region, compiled for their taps. */
+static void dw_compiled(const dw_job *j, dw_tile *tile, const dw_region *r, int64_t rows,
+                        int64_t top, int64_t first_tap, int64_t out_row, const dw_ahead *next) {
+    const fc_geometry *g = &j->d->geometry;
+    const fc_arrays *a = j->a;
+    int64_t c = g->in_channels, out_width = g->out_size[2], taps = g->kernel[1] * g->kernel[2];
+    int64_t in_rows = (rows - 1) * g->stride[1] + g->kernel[1];
+    int64_t in_cols = (j->cols - 1) * g->stride[2] + g->kernel[2];
+    int64_t channel = dw_channel(g, r->vector);
+    uint64_t all_rows = dw_inside(0, in_rows, in_rows), all_cols = dw_inside(0, in_cols, in_cols);
+    tile->rows = dw_inside(top, in_rows, g->in_size[1]);
+    tile->vectors = r->last_vector - r->vector;
+    tile->last_channel = c - VL - channel;
+    tile->w_vector = g->kernel[0] * taps * VL;
+    tile->weights = a->weights + (r->vector * g->kernel[0] + first_tap) * taps * VL;
+    tile->bias = a->bias[0] ? a->bias[0] + channel : NULL;
+    for (int64_t column = r->left; column < r->right; column += j->cols) {
+        /* The last tile overlaps the one before it. */
+        int64_t first = fc_min(column, out_width - j->cols);
+        int64_t left = first * g->stride[2] - g->pad[2];
+        int64_t at = (out_row * out_width + first) * c + channel;
+        tile->cols = dw_inside(left, in_cols, g->in_size[2]);
+        tile->at = (top * g->in_size[2] + left) * c + channel;
+        tile->y = a->y + at;
+        tile->residual = a->residual ? a->residual + at : NULL;
+        tile->next_x = next->x ? next->x + first * g->stride[2] * c + channel : NULL;
+        tile->next_y = next->y ? next->y + first * c + channel : NULL;
+        int edge = tile->rows != all_rows || tile->cols != all_cols;
+        j->kind->kernels[j->width][rows - 1][edge](tile);
+    }
+}
+
+/* The tiles of a row in a region, their taps counted at run time. */
+static void dw_looped(const dw_job *j, dw_tile *tile, const dw_region *r, int64_t top,
+                      int64_t first_tap, int64_t out_row) {
+    const fc_geometry *g = &j->d->geometry;
+    const fc_arrays *a = j->a;
+    int64_t multiplier = g->out_channels / g->in_channels, taps = g->kernel[1] * g->kernel[2];
+    for (int64_t column = r->left; column < r->right; column += j->cols)
+        for (int64_t vector = r->vector; vector < r->last_vector; vector++) {
+            int64_t channel = dw_channel(g, vector), lanes = vcount(g->out_channels, channel);
+            int64_t at = (out_row * g->out_size[2] + column) * g->out_channels + channel;
+            int64_t in_channel = channel / multiplier;
+            dw_loops l = {.geometry = g, .out_cols = fc_min(j->cols, g->out_size[2] - column),
+                          .lanes_in = (channel + lanes - 1) / multiplier - in_channel + 1,
+                          .lanes_out = lanes, .top = top,
+                          .left = column * g->stride[2] - g->pad[2],
+                          .lane_of = j->lane_of ? j->lane_of + vector : NULL};
+            tile->at = (top * g->in_size[2] + l.left) * g->in_channels + in_channel;
+            tile->weights = a->weights + (vector * g->kernel[0] + first_tap) * taps * VL;
+            tile->bias = a->bias[0] ? a->bias[0] + channel : NULL;
+            tile->y = a->y + at;
+            tile->residual = a->residual ? a->residual + at : NULL;
+            loop_tile(tile, &l);
+        }
+}
+
+/* Where the next tiles read what no tile before them did, and write: through the frames, in the next
+   one; else further along the rows. */
+static dw_ahead dw_next(const dw_job *j, const dw_region *r, const dw_tile *tile, int64_t t,
+                        int64_t end, int64_t top, int64_t out_row) {
+    const fc_geometry *g = &j->d->geometry;
+    dw_ahead next = {0};
+    if (!j->ahead || !tile->count) return next;
+    int64_t new_row = top + g->kernel[1] - g->stride[1];
+    int64_t new_column = g->kernel[2] - g->stride[2] - g->pad[2];
+    if (j->through) {
+        int64_t newest = (t + 1) * g->stride[0] - g->pad[0] + (g->kernel[0] - 1) * g->dilation[0];
+        if (t + 1 >= end || newest >= g->in_size[0]) return next;
+        int64_t row = (r->image * g->in_size[0] + newest) * g->in_size[1] + new_row;
+        next.x = j->a->x + row * tile->x_row + new_column * g->in_channels;
+        next.y = j->a->y + (out_row + g->out_size[1]) * tile->y_row;
+    } else {
+        next.x = tile->frames[tile->count - 1] + new_row * tile->x_row +
+                 j->cols * g->stride[2] * g->in_channels;
+        next.y = j->a->y + out_row * tile->y_row + j->cols * g->in_channels;
+    }
+    return next;
+}
+
+static void dw_item(void *context, int64_t item, int thread) {
+    const dw_job *j = context;
+    const fc_geometry *g = &j->d->geometry;
+    int64_t height = g->out_size[1], times = g->out_size[0];
+    int64_t chunk = item % j->chunks, across = item / j->chunks % j->across;
+    int64_t down = item / (j->chunks * j->across) % j->down;
+    int64_t group = item / (j->chunks * j->across * j->down) % j->groups;
+    dw_region r = {.image = item / (j->chunks * j->across * j->down * j->groups),
+                   .top = down * j->high, .bottom = fc_min(height, (down + 1) * j->high),
+                   .left = across * j->wide,
+                   .right = fc_min(g->out_size[2], (across + 1) * j->wide),
+                   .vector = group * j->deep,
+                   .last_vector = fc_min(dw_vectors(g), (group + 1) * j->deep)};
+    const float **planes = (const float **)(j->a->workspace + thread * fc_lines(2 * g->kernel[0]));
+    dw_tile tile = {.frames = planes, .x_row = g->in_size[2] * g->in_channels,
+                    .x_col = g->in_channels, .zeros = j->zeros,
+                    .y_row = g->out_size[2] * g->out_channels, .y_col = g->out_channels,
+                    .activation = j->d->activation};
+    int64_t end = dw_share(times, chunk + 1, j->chunks), first_tap, rows;
+    for (int64_t t = dw_share(times, chunk, j->chunks); t < end; t++) {
+        tile.count = dw_planes(j, r.image, t, planes, &first_tap);
+        for (int64_t h = r.top; h < r.bottom; h += rows) {
+            int64_t rest = r.bottom - h, top = h * g->stride[1] - g->pad[1];
+            int64_t out_row = (r.image * times + t) * height + h;
+            rows = rest >= TILE_ROWS && rest != TILE_ROWS + 1 ? TILE_ROWS : fc_min(rest, 2);
+            if (j->kind) {
+                dw_ahead next = dw_next(j, &r, &tile, t, end, top, out_row);
+                dw_compiled(j, &tile, &r, rows, top, first_tap, out_row, &next);
+            } else {
+                rows = 1;
+                dw_looped(j, &tile, &r, top, first_tap, out_row);
+            }
+        }
+    }
+}
+
+/* Regions, and items enough for the threads. */
+static void dw_cut(dw_job *j, int threads) {
+    const fc_geometry *g = &j->d->geometry;
+    int64_t vectors = dw_vectors(g), height = g->out_size[1], width = g->out_size[2];
+    int64_t frame = g->in_size[1] * g->in_size[2] * VL * (int64_t)sizeof(float);
+    j->deep = j->ahead ? vectors : fc_min(vectors, DW_NEAR_VECTORS);
+    j->high = height;
+    j->wide = width;
+    j->through = j->kind && g->kernel[0] > 1 && g->out_size[0] > 1;
+    if (j->through && frame * g->kernel[0] * j->deep > DW_NEAR_BYTES) {
+        j->high = 2;
+        j->wide = j->cols;
+    }
+    j->groups = fc_ceil_div(vectors, j->deep);
+    j->across = fc_ceil_div(width, j->wide);
+    int64_t wanted = threads > 1 ? DW_ITEMS * threads : 1;
+    int64_t have = fc_max(1, g->batch * j->groups * j->across * fc_ceil_div(height, j->high));
+    j->chunks = have < wanted ? fc_min(g->out_size[0], fc_ceil_div(wanted, have)) : 1;
+    have *= j->chunks;
+    if (have < wanted && !j->through) {
+        int64_t strips = fc_min(fc_ceil_div(height, TILE_ROWS), fc_ceil_div(wanted, have));
+        j->high = fc_ceil_div(height, strips);
+    }
+    j->down = fc_ceil_div(height, j->high);
+}
+
+static void dw_tiles(const fc_depthwise *d, const fc_arrays *a, const float *const *frames,
+                     int threads) {
+    const fc_geometry *g = &d->geometry;
+    int64_t taps = g->kernel[0] * g->kernel[1] * g->kernel[2];
+    dw_job j = {.d = d, .a = a, .frames = frames, .cols = LOOP_COLS,
+                .zeros = a->weights + dw_vectors(g) * taps * VL};
+    j.kind = d->looped ? NULL : tile_kind_of(g);
+    j.ahead = !frames && dw_is_far(g);
+    if (g->out_channels != g->in_channels) j.lane_of = (const vec_int *)(j.zeros + VL);
+    if (j.kind) {
+        /* Least outputs in tiles, one more for the start of each; where memory is far, what a tile
+           asks for must stay in L1. */
+        int64_t wide = fc_ceil_div(g->out_size[2], WIDE) * (WIDE + 1);
+        int64_t narrow = fc_ceil_div(g->out_size[2], NARROW) * (NARROW + 1);
+        j.width = g->out_size[2] < WIDE || narrow < wide || (j.ahead && g->kernel[0] == 1);
+        j.cols = tile_widths[j.width];
+    }
+    dw_cut(&j, threads);
+    fc_parallel_for(threads, g->batch * j.groups * j.down * j.across * j.chunks, dw_item, &j);
+}
+
+/* The convolution of a clip, or of `frames` (N, T): where each of its frames is. */
+static void depthwise_frames(const fc_depthwise *d, const fc_arrays *a,
+                             const float *const *frames) {
+    const fc_geometry *g = &d->geometry;
+    int64_t taps = g->kernel[0] * g->kernel[1] * g->kernel[2];
+    int64_t outs = g->batch * g->out_channels * g->out_size[0] * g->out_size[1] * g->out_size[2];
+    int threads = outs * taps < DW_SERIAL ? 1 : a->threads;
+    if (d->form == FC_DEPTHWISE_LINES) dw_lines_run(d, a, frames, threads);
+    else dw_tiles(d, a, frames, threads);
+}
+
+static void depthwise_run(const void *params, const fc_arrays *a) {
+    depthwise_frames(params, a, NULL);
+}
