@@ -6,8 +6,7 @@
 enum {
     DW_SERIAL = 1 << 18,      /* multiplications below which starting threads would not pay */
     DW_NEAR_VECTORS = 4,      /* of channels in a region: its rows, and their weights, stay in L1 */
-    DW_NEAR_BYTES = 40 << 10, /* of input that a region reads for one output frame: stays in L1 */
-    DW_ITEMS = 4              /* for every thread, so that they end together */
+    DW_NEAR_BYTES = 40 << 10  /* of input that a region reads for one output frame: stays in L1 */
 };
 
 static int64_t dw_vectors(const fc_geometry *g) { return fc_ceil_div(g->out_channels, VL); }

@@ -7,6 +7,7 @@
 
 #include "activation.h"
 
+enum { DW_ITEMS = 4 }; /* for every thread, so that they end together */
 enum { MOST_LINE_OUTS = 8, MOST_LINE_TAPS = 7, MOST_LINES = MOST_LINE_OUTS + MOST_LINE_TAPS - 1 };
 
 /* A block: elements `first` to `last` of lines.
@@ -25,11 +26,12 @@ typedef struct {
 } dw_lines;
 
 /* The elements at i, n of them, whose channels begin at c. */
-INLINE void line_vector(int taps, int outs, int whole, const dw_lines *g, const float *const *in,
-                        int64_t i, int64_t n, int64_t c) {
+INLINE void line_vector(int taps, int outs, int whole, int added, const dw_lines *g,
+                        const float *const *in, int64_t i, int64_t n, int64_t c) {
+    int64_t row = g->channels + VL, y_line = g->y_line;
     vec w[MOST_LINE_TAPS], sum[MOST_LINE_OUTS], start = vload(g->bias + c);
     UNROLL
-    for (int k = 0; k < taps; k++) w[k] = vload(g->weights + k * (g->channels + VL) + c);
+    for (int k = 0; k < taps; k++) w[k] = vload(g->weights + k * row + c);
     UNROLL
     for (int o = 0; o < outs; o++) sum[o] = start;
     UNROLL
@@ -37,36 +39,43 @@ INLINE void line_vector(int taps, int outs, int whole, const dw_lines *g, const 
         vec v = whole ? vload(in[s] + i) : vload_n(in[s] + i, n);
         UNROLL
         for (int o = 0; o < outs; o++)
-            if (s >= o && s - o < taps) sum[o] = v * w[s - o] + sum[o];
+            if (s >= o && s - o < taps) sum[o] += v * w[s - o];
     }
     vec low = vset(activation_floor(g->activation));
     float *y = g->y + i;
     const float *residual = g->residual + i;
     UNROLL
-    for (int o = 0; o < outs; o++, y += g->y_line, residual += g->y_line) {
-        if (g->residual) sum[o] += whole ? vload(residual) : vload_n(residual, n);
+    for (int o = 0; o < outs; o++, y += y_line, residual += y_line) {
+        if (added) sum[o] += whole ? vload(residual) : vload_n(residual, n);
         if (whole) vstore(y, vmax(sum[o], low));
         else vstore_n(y, vmax(sum[o], low), n);
     }
 }
 
-INLINE void line_body(int taps, int outs, const dw_lines *g) {
-    int64_t c = g->first % g->channels, turn = VL % g->channels, i = g->first;
+INLINE void line_loop(int taps, int outs, int added, int ahead, const dw_lines *g) {
+    int64_t channels = g->channels, turn = VL % channels, i = g->first, c = i % channels;
+    int64_t last = g->last;
     const float *in[MOST_LINES];
     UNROLL
     for (int s = 0; s < taps + outs - 1; s++) in[s] = g->x[s];
-    for (; i + VL <= g->last; i += VL) {
-        if (g->next_x) {
+    for (; i + VL <= last; i += VL) {
+        if (ahead) {
             UNROLL
             for (int o = 0; o < outs; o++) prefetch(g->next_x + o * g->x_line + i);
             UNROLL
             for (int o = 0; o < outs; o++) prefetch_write(g->next_y + o * g->y_line + i);
         }
-        line_vector(taps, outs, 1, g, in, i, VL, c);
+        line_vector(taps, outs, 1, added, g, in, i, VL, c);
         c += turn;
-        if (c >= g->channels) c -= g->channels;
+        if (c >= channels) c -= channels;
     }
-    if (i < g->last) line_vector(taps, outs, 0, g, in, i, g->last - i, c);
+    if (i < last) line_vector(taps, outs, 0, added, g, in, i, last - i, c);
+}
+
+INLINE void line_body(int taps, int outs, const dw_lines *g) {
+    if (g->residual) line_loop(taps, outs, 1, 0, g);
+    else if (g->next_x) line_loop(taps, outs, 0, 1, g);
+    else line_loop(taps, outs, 0, 0, g);
     if (activates_later(g->activation))
         activate_rows(g->y + g->first, g->y_line, outs, g->last - g->first, g->activation);
 }
@@ -105,7 +114,7 @@ typedef struct {
     const float *const *frames;
     const float *bias;
     int64_t images, lines, outs, inner, taps, step, pad, chunks, parts;
-    int far;
+    int ahead;
 } dw_line_job;
 
 /* The line of an image, zeros in its chunk for one outside. */
@@ -114,6 +123,24 @@ static const float *dw_line(const dw_line_job *j, int64_t image, int64_t line, i
         return j->a->weights + j->taps * (j->d->geometry.in_channels + VL) - first;
     if (j->frames) return j->frames[image * j->lines + line];
     return j->a->x + (image * j->lines + line) * j->inner;
+}
+
+/* Ask for the lines that the block from output o on reads first, and writes; behind the last one for
+   the first of the next chunk. Never past the last line. */
+static void dw_line_ahead(const dw_line_job *j, dw_lines *block, int64_t image, int64_t phase,
+                          int64_t from, int64_t to, int64_t o) {
+    if (!j->ahead) return;
+    int64_t further = 0, line = phase + (o + j->taps - 1) * j->step - j->pad;
+    if (o >= to) {
+        further = block->last - block->first;
+        o = from;
+        line = phase + from * j->step - j->pad;
+    }
+    int64_t span = (MOST_LINE_OUTS - 1) * j->step;
+    line = fc_max(0, fc_min(line, j->lines - 1 - span));
+    int64_t out = fc_max(0, fc_min(phase + o * j->step, j->outs - 1 - span));
+    block->next_x = j->a->x + (image * j->lines + line) * j->inner + further;
+    block->next_y = j->a->y + (image * j->outs + out) * j->inner + further;
 }
 
 /* Outputs of one residue modulo the dilation share lines: from..to of them in blocks. */
@@ -130,6 +157,7 @@ static void dw_line_blocks(const dw_line_job *j, dw_lines *block, int64_t image,
         int64_t at = (image * j->outs + t) * j->inner;
         block->y = a->y + at;
         block->residual = a->residual ? a->residual + at : NULL;
+        dw_line_ahead(j, block, image, phase, from, to, o + many);
         line_kernels[j->taps - 1][size](block);
         o += many;
     }
@@ -159,11 +187,11 @@ static void dw_lines_run(const fc_depthwise *d, const fc_arrays *a, const float 
     dw_line_job j = {.d = d, .a = a, .frames = frames, .bias = a->workspace, .images = g->batch,
                      .lines = g->in_size[axis], .outs = g->out_size[axis],
                      .inner = g->in_channels, .taps = g->kernel[axis], .step = g->dilation[axis],
-                     .pad = g->pad[axis], .parts = 1, .far = dw_is_far(g)};
+                     .pad = g->pad[axis], .parts = 1, .ahead = !frames && dw_is_far(g)};
     for (int i = 0; i < axis; i++) j.images *= g->in_size[i];
     for (int i = axis + 1; i < 3; i++) j.inner *= g->in_size[i];
     j.chunks = fc_ceil_div(j.inner, FC_LINE_CHUNK);
-    int64_t items = j.images * j.chunks, wanted = threads > 1 ? 4 * threads : 1;
+    int64_t items = j.images * j.chunks, wanted = threads > 1 ? DW_ITEMS * threads : 1;
     if (items < wanted)
         j.parts = fc_max(1, fc_min(j.outs / MOST_LINE_OUTS, fc_ceil_div(wanted, fc_max(1, items))));
     for (int64_t i = 0; i < g->in_channels + VL; i++)
