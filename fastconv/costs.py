@@ -38,10 +38,10 @@ class Rate:
 
 # A step of a stream multiplies as fast as the family of its window: depthwise or grouped.
 FAST = {
-    ("c", "winograd"): Rate(112, 55, call_ms=0.004),
+    ("c", "winograd"): Rate(118, 52, call_ms=0.004),
     ("c", "depthwise"): Rate(70, bytes=60, call_ms=0.004),
     ("c", "grouped"): Rate(118, call_ms=0.004),
-    ("c", "hfa"): Rate(105, 55, call_ms=0.004),
+    ("c", "hfa"): Rate(120, 45, call_ms=0.004),
     ("c", "continual"): Rate(0, bytes=60, call_ms=0.006),
     ("numba", "winograd"): Rate(110, 50),
     ("numba", "depthwise"): Rate(68, bytes=55),
@@ -67,6 +67,7 @@ LAYOUT_BYTES, LAYOUT_BYTES_IN_CACHE = 10.0, 40.0  # the reorder of contiguous ar
 LANES = 16  # output channels come in whole vectors, where they are in the lanes
 CACHE_BYTES, IN_CACHE = 32 << 20, 2.0  # activations have half of it
 # Transformed weights are streamed once per block of tiles: from a cache that holds them, or not.
+LARGE_WEIGHTS = 16 << 20  # that the C backend does not stream once per block
 TILES_PER_BLOCK, CACHED_BYTES_PER_NS, MEMORY_BYTES_PER_NS = 28, 40.0, 20.0
 
 
@@ -187,4 +188,7 @@ def _streaming(plan: Plan, workers: int) -> float:
     )
     passes = max(1.0, tiles / (TILES_PER_BLOCK * workers))
     cached = weight_bytes <= CACHE_BYTES
+    if plan.backend == "c" and weight_bytes > LARGE_WEIGHTS:
+        # In phases: read once, by all threads together.
+        return weight_bytes / (2 * MEMORY_BYTES_PER_NS)
     return weight_bytes * passes / (CACHED_BYTES_PER_NS if cached else MEMORY_BYTES_PER_NS)

@@ -124,6 +124,7 @@ def windows(draw):
 @backends
 @given(windows(), cases.epilogues(), cases.layouts(), cases.dtypes(), st.integers(1, 6))
 def test_a_stream_is_its_zero_padded_clip(backend, geometry, epilogue, layout, dtype, times):
+    dtype = "float32" if backend == "c" else dtype  # its only one
     plan = Plan("continual", backend, geometry, dtype, epilogue, layout)
     assert_stream_is_its_clip(plan, times)
 

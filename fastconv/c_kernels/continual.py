@@ -30,7 +30,16 @@ def supports(geometry: Geometry, dtype: str, epilogue: Epilogue) -> str | None:
 def _clip(plan: Plan) -> tuple[ModuleType, Plan]:
     """The module and the plan that compute the column from the frames of its taps alone."""
     g = plan.geometry
-    window = replace(g, in_size=(g.kernel[0], *g.in_size[1:]), dilation=(1, *g.dilation[1:]))
+    # Three axes with time in front: fewer would be lifted with theirs behind.
+    lifted = {
+        name: (getattr(g, name)[0], *(one,) * (3 - g.n), *getattr(g, name)[1:])
+        for name, one in (("kernel", 1), ("stride", 1), ("padding", (0, 0)), ("dilation", 1))
+    }
+    window = replace(
+        g,
+        **lifted | {"dilation": (1, *lifted["dilation"][1:])},
+        in_size=(g.kernel[0], *(1,) * (3 - g.n), *g.in_size[1:]),
+    )
     single = g.is_depthwise and g.groups > 1
     module, family = (depthwise, "depthwise") if single else (grouped, "grouped")
     return module, replace(plan, family=family, geometry=window)
@@ -40,7 +49,7 @@ def prepack(weights: np.ndarray, plan: Plan) -> Packed:
     """w (K, C / G, *kernel) in the order in which the kernel of the window reads it."""
     g = plan.geometry
     module, clip = _clip(plan)
-    inner = module.prepack(weights, clip)
+    inner = module.prepack(np.reshape(weights, clip.geometry.w_shape), clip)
     params = ffi.new(
         "fc_continual *",
         {
