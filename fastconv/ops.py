@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -504,18 +505,24 @@ def _dense(array: Array | None, layout: str) -> Array:
 
 def _empty(shape: tuple[int, ...], dtype: Any, layout: str) -> np.ndarray:
     if layout == CONTIGUOUS:
-        return np.empty(shape, dtype)
-    return np.moveaxis(np.empty((shape[0], *shape[2:], shape[1]), dtype), -1, 1)
+        return _aligned(shape, np.dtype(dtype))
+    return np.moveaxis(_aligned((shape[0], *shape[2:], shape[1]), np.dtype(dtype)), -1, 1)
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Uninitialised, from a cache line on: NumPy's large arrays begin within one, which costs every
+    vector that is stored a second line."""
+    size, line = prod(shape), 64 // dtype.itemsize
+    memory = np.empty(size + line, dtype)
+    skip = -memory.ctypes.data % 64 // dtype.itemsize
+    return memory[skip : skip + size].reshape(shape)
 
 
 def workspace(size: int, dtype: np.dtype) -> np.ndarray:
     """Scratch of this thread, kept between calls: fresh pages would cost more than many kernels."""
     held: np.ndarray | None = _scratch.__dict__.get(dtype.char)
     if held is None or held.size < size:
-        line = 64 // dtype.itemsize
-        memory = np.empty(size + line, dtype)
-        skip = -memory.ctypes.data % 64 // dtype.itemsize
-        held = _scratch.__dict__[dtype.char] = memory[skip : skip + size]
+        held = _scratch.__dict__[dtype.char] = _aligned((size,), dtype)
     return held[:size]
 
 

@@ -436,7 +436,7 @@ def test_accelerate_measures_what_its_layers_ask_for_once(cache, monkeypatch):
     x = torch.randn(1, 16, 6, 12, 12)
     _, report = fastconv.accelerate(model, x)
     assert asked == []
-    assert {layer.plan.backend for layer in report.layers} == {"torch"}  # small, by estimate
+    assert "numba" not in {layer.plan.backend for layer in report.layers}  # by estimate
     new, report = fastconv.accelerate(model, x, tune=True, tolerance=3)
     assert [request.geometry.kernel for request in asked] == [(3, 3, 3), (1, 1, 1)]
     assert {request.tolerance for request in asked} == {3.0}
