@@ -13,7 +13,8 @@
 
    rows     [tap][rows_step]: addresses of inputs, `shift` floats before what is read
    zeros    the address that stands for padding: taps that all rows have there are left out
-   ahead    memory that is read next, a cache line per term, or NULL
+   pixel    floats from a row's inputs to those of the row behind it, which are asked for
+   fetch    floats from c to memory that will be written soon, or 0
    the rest as in gemm_job, with one row of c behind the other */
 typedef struct {
     const float *const *rows;
@@ -51,7 +52,7 @@ INLINE void dense_body(int rows, int nv, const dense_job *g) {
         UNROLL
         for (int i = 0; i < rows; i++) a[i] = table[i] + g->shift;
         const float *next = a[rows - 1] + g->pixel;
-        _Pragma("GCC unroll 4")
+        _Pragma("GCC unroll 4") /* less is done between short sums */
         for (int64_t k = 0; k < depth; k++, b += nv * VL) {
             vec w[4];
             prefetch(next + k * FC_LINE);
@@ -80,7 +81,8 @@ EACH_TILE(DENSE_TILE)
 #define DENSE_NAME(rows, nv) [nv][rows - 1] = dense_##rows##_##nv,
 static const dense_tile dense_tiles[5][MAX_ROWS] = {EACH_TILE(DENSE_NAME)};
 
-/* One call, and how its work is cut: items are `pieces` of output pixels times shares of the panels.
+/* One call, and how its work is cut: items are pieces of the output pixels times shares of the
+   panels.
 
    frames  where each input frame (N, T) begins, or NULL where they follow each other in x */
 typedef struct {
@@ -175,7 +177,8 @@ static void dense_products(const dense_call *d, const float *const *table, const
     const fc_arrays *a = d->arrays;
     int64_t k = p->geometry.out_channels, group = k / p->geometry.groups;
     int64_t per_group = r->panels[0] + r->panels[1], terms = r->taps * r->depth;
-    dense_job job = {.rows_step = d->block, .zeros = zeros, .c_stride = k, .pixel = p->geometry.in_channels * p->geometry.stride[2]};
+    dense_job job = {.rows_step = d->block, .zeros = zeros, .c_stride = k};
+    job.pixel = p->geometry.in_channels * p->geometry.stride[2];
     for (int64_t tap = 0; tap < r->taps; tap += r->chunk_taps)
         for (int64_t from = 0; from < r->depth; from += r->chunk_depth) {
             int is_first = !tap && !from;

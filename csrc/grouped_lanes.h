@@ -1,7 +1,7 @@
 /* Convolution with few channels per group: lanes are output pixels, no channel is padded.
 
-   A strip of output rows moves along T. Its input rows are transposed once into a ring of frames, so
-   that every tap of every output of the strip is one offset: with column stride s, the columns p,
+   A strip of output rows moves along T. Its input rows are transposed once into a ring of frames,
+   so that every tap of every output of the strip is one offset: with column stride s, the columns p,
    p + s, ... make phase p, and tap k of output q is column q + k * dilation / s of phase
    k * dilation % s; rows likewise. Weights are broadcast, sums leave as [channel][pixel] and are
    transposed back on their way to y. */
@@ -147,12 +147,13 @@ static void lanes_pack(const lanes_strip *s, int64_t t) {
                 int64_t row = top + r * g->stride[1];
                 if (row < 0 || row >= g->in_size[1]) continue;
                 const float *from = frame + (row * w + start) * pixel;
-                float *to = slot + ((i * l->column_phases + j) * l->packed_rows + r) * l->row_length;
+                int64_t phase = i * l->column_phases + j;
+                float *to = slot + (phase * l->packed_rows + r) * l->row_length;
                 for (int64_t n = 0; n < channels; n += VL)
                     for (int64_t q = left; q < right; q += VL) {
                         /* Some pixels again, rather than fewer than a vector. */
                         if (right - left >= VL) q = fc_min(q, right - VL);
-                        const float *below = from + g->stride[1] * w * pixel + q * step * pixel + n;
+                        const float *below = from + (g->stride[1] * w + q * step) * pixel + n;
                         UNROLL
                         for (int k = 0; k < VL; k++) prefetch(below + k * step * pixel);
                         lanes_square(from + q * step * pixel + n, step * pixel,

@@ -125,7 +125,8 @@ INLINE void vtranspose(vec v[VL]) {
     UNROLL
     for (int i = 0; i < 4; i++) {
         vec a = SHUFFLE(w[i], w[i + 4], EVEN_BLOCKS), b = SHUFFLE(w[i], w[i + 4], ODD_BLOCKS);
-        vec c = SHUFFLE(w[i + 8], w[i + 12], EVEN_BLOCKS), d = SHUFFLE(w[i + 8], w[i + 12], ODD_BLOCKS);
+        vec c = SHUFFLE(w[i + 8], w[i + 12], EVEN_BLOCKS);
+        vec d = SHUFFLE(w[i + 8], w[i + 12], ODD_BLOCKS);
         v[i] = SHUFFLE(a, c, EVEN_BLOCKS);
         v[i + 4] = SHUFFLE(b, d, EVEN_BLOCKS);
         v[i + 8] = SHUFFLE(a, c, ODD_BLOCKS);
