@@ -56,7 +56,7 @@ FAST = {
 SLOW = Rate(0.5, 0.05, 1.0, 0.2)
 # Slower cases, in multiplications per nanosecond and thread.
 STRIDED_DEPTHWISE = 0.6  # of the usual rate: neighbours share fewer inputs
-PIXELS_IN_LANES = 92.0  # several groups: output pixels in the lanes
+PIXELS_IN_LANES = 108.0  # several groups: output pixels in the lanes
 TORCH_GROUPS = 45.0  # oneDNN with few channels per group
 TORCH_POINTWISE = 80.0  # equal to ours on X3D-M's maps, half or less on X3D-S's
 TORCH_THIN = 15.0  # oneDNN with fewer than 8 input channels
