@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -38,7 +39,7 @@ def prepare(problem, settings):
     if plan == name + " exits":
         os._exit(7)
     if plan == name + " hangs":
-        print("hanging", os.getpid(), file=sys.stderr, flush=True)
+        os.write(2, f"\\nhanging {os.getpid()}\\n".encode())  # at once: the parent writes there too
         time.sleep(600)
     print("chatter")
     os.write(1, b"chatter of C code")
@@ -249,7 +250,8 @@ def test_ctrl_c_keeps_the_rows_and_ends_the_child(tmp_path):
         text=True,
     )
     assert process.stderr is not None
-    child = next(int(line.split()[-1]) for line in process.stderr if "hanging" in line)
+    lines = (re.match(r"hanging (\d+)$", line) for line in process.stderr)
+    child = next(int(found[1]) for found in lines if found)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == run.INTERRUPTED
