@@ -23,16 +23,18 @@ static uint64_t dw_inside(int64_t first, int64_t count, int64_t size) {
     return (((uint64_t)1 << to) - 1) & ~(((uint64_t)1 << from) - 1);
 }
 
-/* An item is a region of the output through a range of frames.
+/* An item is a strip of output rows through a range of frames, for a group of vectors.
 
-   With taps along T a region is one tile of a few vectors, and goes through the frames: what KT
-   frames hold for it stays in L1, so that every frame is read from further away once. Otherwise it
-   is a strip of whole rows.
+   With taps along T a strip is cut into regions of one tile, each of which goes through the frames:
+   what KT frames hold for it stays in L1, so that every frame is read from further away once.
+   Threads share no row, as neighbouring pixels may share a cache line; nor a channel: the last
+   vector is in the group of the one that it overlaps.
 
    frames   address of every input frame, NULL where frames follow one another from x on
    lane_of  per vector, which input lane each output lane reads; NULL with multiplier 1
-   high, wide, deep     outputs along H and W, and vectors, of a region
-   down, across, groups, chunks   how many regions, and ranges of frames
+   high, wide     outputs of a region along H and W
+   strips, groups, chunks   of rows, of vectors, of frames
+   through  regions go through the frames
    ahead    ask for what later tiles read and write */
 typedef struct {
     const fc_depthwise *d;
@@ -41,7 +43,7 @@ typedef struct {
     const tile_kind *kind;
     const float *zeros;
     const vec_int *lane_of;
-    int64_t cols, high, wide, deep, down, across, groups, chunks;
+    int64_t cols, high, wide, strips, groups, chunks;
     int width, through, ahead;
 } dw_job;
 
@@ -148,66 +150,73 @@ static dw_ahead dw_next(const dw_job *j, const dw_region *r, const dw_tile *tile
     return next;
 }
 
+/* A region, frame by frame. */
+static void dw_through(const dw_job *j, dw_tile *tile, const float **planes, const dw_region *r,
+                       int64_t from, int64_t to) {
+    const fc_geometry *g = &j->d->geometry;
+    int64_t first_tap, rows;
+    for (int64_t t = from; t < to; t++) {
+        tile->count = dw_planes(j, r->image, t, planes, &first_tap);
+        for (int64_t h = r->top; h < r->bottom; h += rows) {
+            int64_t rest = r->bottom - h, top = h * g->stride[1] - g->pad[1];
+            int64_t out_row = (r->image * g->out_size[0] + t) * g->out_size[1] + h;
+            rows = rest >= TILE_ROWS && rest != TILE_ROWS + 1 ? TILE_ROWS : fc_min(rest, 2);
+            if (j->kind) {
+                dw_ahead next = dw_next(j, r, tile, t, to, top, out_row);
+                dw_compiled(j, tile, r, rows, top, first_tap, out_row, &next);
+            } else {
+                rows = 1;
+                dw_looped(j, tile, r, top, first_tap, out_row);
+            }
+        }
+    }
+}
+
 static void dw_item(void *context, int64_t item, int thread) {
     const dw_job *j = context;
     const fc_geometry *g = &j->d->geometry;
-    int64_t height = g->out_size[1], times = g->out_size[0];
-    int64_t chunk = item % j->chunks, across = item / j->chunks % j->across;
-    int64_t down = item / (j->chunks * j->across) % j->down;
-    int64_t group = item / (j->chunks * j->across * j->down) % j->groups;
-    dw_region r = {.image = item / (j->chunks * j->across * j->down * j->groups),
-                   .top = down * j->high, .bottom = fc_min(height, (down + 1) * j->high),
-                   .left = across * j->wide,
-                   .right = fc_min(g->out_size[2], (across + 1) * j->wide),
-                   .vector = group * j->deep,
-                   .last_vector = fc_min(dw_vectors(g), (group + 1) * j->deep)};
+    int64_t chunk = item % j->chunks, strip = item / j->chunks % j->strips;
+    int64_t group = item / (j->chunks * j->strips) % j->groups, vectors = dw_vectors(g);
     const float **planes = (const float **)(j->a->workspace + thread * fc_lines(2 * g->kernel[0]));
     dw_tile tile = {.frames = planes, .x_row = g->in_size[2] * g->in_channels,
                     .x_col = g->in_channels, .zeros = j->zeros,
                     .y_row = g->out_size[2] * g->out_channels, .y_col = g->out_channels,
                     .activation = j->d->activation};
-    int64_t end = dw_share(times, chunk + 1, j->chunks), first_tap, rows;
-    for (int64_t t = dw_share(times, chunk, j->chunks); t < end; t++) {
-        tile.count = dw_planes(j, r.image, t, planes, &first_tap);
-        for (int64_t h = r.top; h < r.bottom; h += rows) {
-            int64_t rest = r.bottom - h, top = h * g->stride[1] - g->pad[1];
-            int64_t out_row = (r.image * times + t) * height + h;
-            rows = rest >= TILE_ROWS && rest != TILE_ROWS + 1 ? TILE_ROWS : fc_min(rest, 2);
-            if (j->kind) {
-                dw_ahead next = dw_next(j, &r, &tile, t, end, top, out_row);
-                dw_compiled(j, &tile, &r, rows, top, first_tap, out_row, &next);
-            } else {
-                rows = 1;
-                dw_looped(j, &tile, &r, top, first_tap, out_row);
-            }
-        }
+    dw_region r = {.image = item / (j->chunks * j->strips * j->groups),
+                   .top = strip * j->high,
+                   .bottom = fc_min(g->out_size[1], (strip + 1) * j->high),
+                   .vector = dw_share(vectors, group, j->groups),
+                   .last_vector = dw_share(vectors, group + 1, j->groups)};
+    for (; r.left < g->out_size[2]; r.left += j->wide) {
+        r.right = fc_min(g->out_size[2], r.left + j->wide);
+        dw_through(j, &tile, planes, &r, dw_share(g->out_size[0], chunk, j->chunks),
+                   dw_share(g->out_size[0], chunk + 1, j->chunks));
     }
 }
 
 /* Regions, and items enough for the threads. */
 static void dw_cut(dw_job *j, int threads) {
     const fc_geometry *g = &j->d->geometry;
-    int64_t vectors = dw_vectors(g), height = g->out_size[1], width = g->out_size[2];
+    int64_t vectors = dw_vectors(g), height = g->out_size[1];
+    int64_t deep = j->ahead ? vectors : fc_min(vectors, DW_NEAR_VECTORS);
     int64_t frame = g->in_size[1] * g->in_size[2] * VL * (int64_t)sizeof(float);
-    j->deep = j->ahead ? vectors : fc_min(vectors, DW_NEAR_VECTORS);
     j->high = height;
-    j->wide = width;
+    j->wide = g->out_size[2];
     j->through = j->kind && g->kernel[0] > 1 && g->out_size[0] > 1;
-    if (j->through && frame * g->kernel[0] * j->deep > DW_NEAR_BYTES) {
+    if (j->through && frame * g->kernel[0] * deep > DW_NEAR_BYTES) {
         j->high = 2;
         j->wide = j->cols;
     }
-    j->groups = fc_ceil_div(vectors, j->deep);
-    j->across = fc_ceil_div(width, j->wide);
+    j->groups = fc_ceil_div(vectors, deep);
     int64_t wanted = threads > 1 ? DW_ITEMS * threads : 1;
-    int64_t have = fc_max(1, g->batch * j->groups * j->across * fc_ceil_div(height, j->high));
+    int64_t have = fc_max(1, g->batch * j->groups * fc_ceil_div(height, j->high));
     j->chunks = have < wanted ? fc_min(g->out_size[0], fc_ceil_div(wanted, have)) : 1;
     have *= j->chunks;
     if (have < wanted && !j->through) {
         int64_t strips = fc_min(fc_ceil_div(height, TILE_ROWS), fc_ceil_div(wanted, have));
         j->high = fc_ceil_div(height, strips);
     }
-    j->down = fc_ceil_div(height, j->high);
+    j->strips = fc_ceil_div(height, j->high);
 }
 
 static void dw_tiles(const fc_depthwise *d, const fc_arrays *a, const float *const *frames,
@@ -228,7 +237,7 @@ static void dw_tiles(const fc_depthwise *d, const fc_arrays *a, const float *con
         j.cols = tile_widths[j.width];
     }
     dw_cut(&j, threads);
-    fc_parallel_for(threads, g->batch * j.groups * j.down * j.across * j.chunks, dw_item, &j);
+    fc_parallel_for(threads, g->batch * j.groups * j.strips * j.chunks, dw_item, &j);
 }
 
 /* The convolution of a clip, or of `frames` (N, T): where each of its frames is. */
