@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
@@ -44,9 +45,11 @@ def isa_of(plan: Plan) -> AbstractContextManager:
     return launch.forced(plan.backend.isa)
 
 
+# FASTCONV_TEST_BACKENDS=c tests these alone, as sanitizers want it: they know no other code.
+_wanted = os.environ.get("FASTCONV_TEST_BACKENDS", "reference numba torch c").split()
 CPU_BACKENDS = [
-    *(b for b in ("reference", "numba", "torch") if available()[b] is None),
-    *_c_backends(),
+    *(b for b in ("reference", "numba", "torch") if b in _wanted and available()[b] is None),
+    *(b for b in _c_backends() if b in _wanted),
 ]
 
 
