@@ -10,7 +10,7 @@
 #include "activation.h"
 
 /* Rows of the register block for 1, 2, 3 and 4 vectors per panel: accumulators, a row of B and an
-   element of A fit the registers. Python reads them through fc_block_rows. */
+   element of A fit the registers. fastconv/c_kernels/panels.py has the same numbers. */
 #if VL == 16
 enum { ROWS_1 = 14, ROWS_2 = 14, ROWS_3 = 8, ROWS_4 = 6 };
 #elif VL == 8

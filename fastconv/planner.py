@@ -278,6 +278,11 @@ def _priced(p: Plan, request: Request) -> Candidate:
             reason=f"error up to {factor:.1f} times direct exceeds the tolerance of "
             f"{request.tolerance:g}",
         )
+    # Kernels whose transforms are compiled beforehand may refuse a tile that others run.
+    refuses = getattr(backends.kernel(p.family, p.backend), "refuses", None)
+    reason = refuses(p) if refuses else None
+    if reason is not None:
+        return Candidate(p, reason=reason)
     reason = _over(p, limit)
     if reason is not None:
         # Another configuration may need less: the first one behind p that fits.

@@ -175,3 +175,12 @@ def test_the_interpreter_exits_while_a_thread_computes():
     )
     for _ in range(3):
         assert run_python(code) == "end"
+
+
+@pytest.mark.parametrize("lanes", [16, 8, 4])
+def test_register_blocks_have_the_same_rows_in_python_and_c(lanes):
+    from fastconv.c_kernels import panels
+
+    rows = re.findall(r"enum \{ (ROWS_1 = .*?) \};", (CSRC / "gemm.h").read_text())
+    found = tuple(int(n) for n in re.findall(r"= (\d+)", rows[[16, 8, 4].index(lanes)]))
+    assert panels._BLOCK_ROWS[lanes][1:] == found

@@ -163,3 +163,15 @@ def test_without_optional_packages_the_definition_runs(monkeypatch, unmeasured):
     usable = {b: None if b == "reference" else "not installed" for b in fastconv.backends.BACKENDS}
     monkeypatch.setattr(fastconv.backends, "available", lambda: usable)
     assert planner.plan(DENSE).backend == "reference"
+
+
+def test_a_tile_that_one_backend_has_not_compiled_runs_on_another():
+    """A plan that is returned can run; asked for by name, the refusal has its reason."""
+    geometry = Geometry.of((1, 16, 40), (16, 16, 3), 1, 1)
+    wanted = dict(algorithm="winograd", tile=(8,), tolerance=1e9)
+    plan = fastconv.plan(geometry, **wanted)
+    weights = np.zeros(geometry.w_shape, "float32")
+    fastconv.backends.kernel(plan.family, plan.backend).prepack(weights, plan)
+    if fastconv.backends.available()["c"] is None:
+        with pytest.raises(UnsupportedError, match=r"c winograd: F\(8, 3\) is not compiled"):
+            fastconv.plan(geometry, backend="c", **wanted)

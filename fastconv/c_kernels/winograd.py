@@ -17,7 +17,7 @@ from ..epilogue import Epilogue
 from ..errors import UnsupportedError
 from ..geometry import Geometry
 from ..plan import Plan
-from ..transforms import Transform, apply_along, transform
+from ..transforms import apply_along, transform
 from . import launch
 from .winograd_schedule import Schedule
 
@@ -55,21 +55,20 @@ def _taps(geometry: Geometry) -> list[int]:
     return [-(-k // s) for k, s in zip(geometry.kernel, geometry.stride, strict=True)]
 
 
-def _check_compiled(transforms: tuple[Transform, ...]) -> None:
-    for t in transforms:
+def refuses(plan: Plan) -> str | None:
+    """None, or the reason against the transforms of a plan: they are compiled beforehand."""
+    for t in plan.transforms:
         if t.r == 1:
             continue
         if t.m > MOST_OUTPUTS or t.r > MOST_TAPS:
-            raise UnsupportedError(
-                f"winograd on the C backend: F({t.m}, {t.r}) is not compiled; it has F(m, r) for "
+            return (
+                f"F({t.m}, {t.r}) is not compiled; it has F(m, r) for "
                 f"m up to {MOST_OUTPUTS} and r up to {MOST_TAPS}"
             )
         if t != transform(t.m, t.r):
             points = ", ".join(map(str, t.points))
-            raise UnsupportedError(
-                f"winograd on the C backend: F({t.m}, {t.r}) is compiled for the default points "
-                f"only, not for {points}"
-            )
+            return f"F({t.m}, {t.r}) is compiled for the default points only, not for {points}"
+    return None
 
 
 @lru_cache(maxsize=4096)
@@ -90,7 +89,9 @@ def prepack(weights: np.ndarray, plan: Plan) -> launch.Packed:
     Raises UnsupportedError for transforms that are not compiled: other than the default points, or
     more outputs or taps than the largest.
     """
-    _check_compiled(plan.transforms)
+    reason = refuses(plan)
+    if reason is not None:
+        raise UnsupportedError(f"winograd on the C backend: {reason}")
     schedule = Schedule(plan, launch.lanes())
     w = np.reshape(weights, schedule.geometry.lifted().w_shape)
     # A product more behind the last: products ask for what follows the one they use.
