@@ -103,28 +103,6 @@ typedef struct {
     int64_t *offsets;
 } lanes_strip;
 
-/* to (columns, rows) = from (rows, columns) transposed, of at most VL by VL. */
-INLINE void lanes_square(const float *from, int64_t from_stride, float *to, int64_t to_stride,
-                         int64_t rows, int64_t columns) {
-    vec v[VL];
-    if (rows >= VL && columns >= VL) {
-        UNROLL
-        for (int i = 0; i < VL; i++) v[i] = vload(from + i * from_stride);
-        vtranspose(v);
-        UNROLL
-        for (int i = 0; i < VL; i++) vstore(to + i * to_stride, v[i]);
-        return;
-    }
-    int64_t wide = fc_min(columns, VL), high = fc_min(rows, VL);
-    UNROLL
-    for (int i = 0; i < VL; i++)
-        v[i] = i < rows ? vload_n(from + i * from_stride, wide) : vzero();
-    vtranspose(v);
-    UNROLL
-    for (int i = 0; i < VL; i++)
-        if (i < columns) vstore_n(to + i * to_stride, v[i], high);
-}
-
 /* Transpose the strip's rows of input frame t into the ring. */
 static void lanes_pack(const lanes_strip *s, int64_t t) {
     const lanes_call *c = s->call;
@@ -156,7 +134,7 @@ static void lanes_pack(const lanes_strip *s, int64_t t) {
                         const float *below = from + (g->stride[1] * w + q * step) * pixel + n;
                         UNROLL
                         for (int k = 0; k < VL; k++) prefetch(below + k * step * pixel);
-                        lanes_square(from + q * step * pixel + n, step * pixel,
+                        transpose_square(from + q * step * pixel + n, step * pixel,
                                      to + n * l->channel_stride + q, l->channel_stride, right - q,
                                      channels - n);
                     }
@@ -269,7 +247,7 @@ static void lanes_unpack(const lanes_strip *s, int64_t out_t) {
         for (int64_t n = 0; n < outputs; n += VL)
             for (int64_t q = 0; q < s->columns; q += VL) {
                 if (s->columns >= VL) q = fc_min(q, s->columns - VL);
-                lanes_square(sums + n * l->sums_stride + q, l->sums_stride, y + q * k + n, k,
+                transpose_square(sums + n * l->sums_stride + q, l->sums_stride, y + q * k + n, k,
                              outputs - n, s->columns - q);
             }
         if (residual)

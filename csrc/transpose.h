@@ -9,8 +9,9 @@ typedef struct {
     int64_t from_stride, rows, columns, high, wide, down, across;
 } transpose_job;
 
+/* to (columns, rows) = from (rows, columns) transposed, of at most VL by VL. */
 INLINE void transpose_square(const float *from, int64_t from_stride, float *to, int64_t to_stride,
-                             int64_t rows, int64_t columns) {
+                         int64_t rows, int64_t columns) {
     vec v[VL];
     if (rows >= VL && columns >= VL) {
         UNROLL
@@ -20,11 +21,14 @@ INLINE void transpose_square(const float *from, int64_t from_stride, float *to, 
         for (int i = 0; i < VL; i++) vstore(to + i * to_stride, v[i]);
         return;
     }
+    int64_t wide = fc_min(columns, VL), high = fc_min(rows, VL);
+    UNROLL
     for (int i = 0; i < VL; i++)
-        v[i] = i < rows ? vload_n(from + i * from_stride, vcount(columns, 0)) : vzero();
+        v[i] = i < rows ? vload_n(from + i * from_stride, wide) : vzero();
     vtranspose(v);
-    for (int i = 0; i < VL && i < columns; i++)
-        vstore_n(to + i * to_stride, v[i], vcount(rows, 0));
+    UNROLL
+    for (int i = 0; i < VL; i++)
+        if (i < columns) vstore_n(to + i * to_stride, v[i], high);
 }
 
 static void transpose_item(void *context, int64_t item, int thread) {
