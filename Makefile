@@ -33,8 +33,13 @@ $(INSTALLED): requirements-dev.txt pyproject.toml setup.py $(wildcard csrc/*)
 demo: $(INSTALLED)  ## run a real video through X3D-M twice and compare (DEMO="--network c3d")
 	$(BIN)/python -m fastconv demo $(DEMO)
 
+# Triton's kernels once more, by its interpreter, on the family tests of every backend.
+INTERPRETED := $(wildcard tests/test_triton_*.py) tests/test_depthwise.py tests/test_grouped.py \
+	tests/test_winograd.py tests/test_hfa.py tests/test_continual.py
+
 test: $(INSTALLED)  ## run the tests (TESTS="tests/test_video.py -x")
 	$(BIN)/pytest $(TESTS)
+	$(if $(TESTS),,TRITON_INTERPRET=1 FASTCONV_TEST_BACKENDS=triton $(BIN)/pytest $(INTERPRETED))
 
 # Memory and undefined behaviour first, then data races: the thread sanitizer does not see into
 # OpenMP's library, so that build has threads of its own. Python itself is not instrumented.
@@ -49,7 +54,7 @@ lint: $(INSTALLED)  ## check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@rm -rf .typecheck && mkdir -p .typecheck/fastconv
-	@ln -s $(CURDIR)/fastconv/* $(CURDIR)/reference $(CURDIR)/bench .typecheck/fastconv/
+	@ln -s $(CURDIR)/fastconv/* $(CURDIR)/reference $(CURDIR)/triton_kernels $(CURDIR)/bench .typecheck/fastconv/
 	cd .typecheck && ../$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p fastconv
 
 bench: $(PEERS)  ## time us against what people run today (BENCH="layers --filter depthwise")
@@ -71,4 +76,4 @@ gpu:  ## check and time everything on this machine's GPU (OUT=folder for the row
 
 clean:  ## remove everything that was created, .venv too
 	rm -rf $(VENV) .typecheck .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
-	find fastconv reference tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
+	find fastconv reference triton_kernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} +

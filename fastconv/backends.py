@@ -6,6 +6,8 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import os
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -41,13 +43,24 @@ _CPU_FLAGS = {  # the names Linux prints, and the names people use
 
 def available() -> dict[str, str | None]:
     """For every backend None if it can run here, or the reason against and how to get it."""
-    return {
-        "reference": None,
-        "numba": _missing("numba", "numba"),
-        "c": _c_backend(),
-        "triton": "the Triton backend is not part of this version",
-        "torch": _missing("torch", "PyTorch"),
-    }
+    return {name: why_not(name) for name in BACKENDS}
+
+
+def why_not(backend: str) -> str | None:
+    """None if a backend can run here, or the reason against and how to get it."""
+    return _REASONS[backend]()
+
+
+def interpreted() -> bool:
+    """Whether TRITON_INTERPRET asks for Triton's interpreter: its kernels then run on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def devices(backend: str) -> tuple[str, ...]:
+    """The types of device whose arrays a backend takes."""
+    if backend == "torch":
+        return ("cpu", "cuda")
+    return ("cuda",) if backend == "triton" and not interpreted() else ("cpu",)
 
 
 @functools.cache
@@ -69,12 +82,10 @@ def check(backend: str) -> None:
     """Raise BackendError, with the reason and the alternatives, if a backend cannot run here."""
     if backend not in BACKENDS:
         raise BackendError(f"unknown backend {backend!r}. Known: {', '.join(BACKENDS)}")
-    reasons = available()
-    if reasons[backend] is not None:
-        usable = ", ".join(name for name, reason in reasons.items() if reason is None)
-        raise BackendError(
-            f"backend {backend!r} is not available: {reasons[backend]}. Available: {usable}"
-        )
+    reason = why_not(backend)
+    if reason is not None:
+        usable = ", ".join(name for name, against in available().items() if against is None)
+        raise BackendError(f"backend {backend!r} is not available: {reason}. Available: {usable}")
 
 
 def version(package: str) -> str | None:
@@ -129,3 +140,21 @@ def _c_backend() -> str | None:
             "install a C compiler (gcc or clang) and cffi, then install fastconv again"
         )
     return None
+
+
+def _triton() -> str | None:
+    missing = _missing("torch", "PyTorch") or _missing("triton", "Triton")
+    if missing is not None or interpreted():
+        return missing
+    import torch
+
+    return None if torch.cuda.is_available() else "no CUDA device"
+
+
+_REASONS: dict[str, Callable[[], str | None]] = {
+    "reference": lambda: None,
+    "numba": lambda: _missing("numba", "numba"),
+    "c": _c_backend,
+    "triton": _triton,
+    "torch": lambda: _missing("torch", "PyTorch"),
+}

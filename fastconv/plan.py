@@ -14,6 +14,7 @@ from .transforms import Transform
 __all__ = ["CHANNELS_LAST", "CONTIGUOUS", "DEFAULT_TOLERANCE", "LAYOUTS", "Plan", "Request"]
 
 DEFAULT_TOLERANCE = 4.0
+PRECISIONS = ("ieee", "tf32")
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Plan:
     transforms  F(m, r): for `winograd` one per axis of the geometry, for `hfa` (temporal, height,
                 width), else empty
     config      the tuning choice, an entry of the module's CONFIGS
+    precision   of float32 products: 'ieee', or 'tf32' on a GPU whose user allows it
     """
 
     family: str
@@ -38,6 +40,7 @@ class Plan:
     device: str = "cpu"
     transforms: tuple[Transform, ...] = ()
     config: tuple[tuple[str, int], ...] = field(default=())
+    precision: str = "ieee"
 
     @property
     def tile(self) -> tuple[int, ...]:
@@ -75,6 +78,7 @@ class Request:
     tile: tuple[int, ...] | None = None
     continual: bool = False
     max_workspace_bytes: int | None = None
+    precision: str = "ieee"
 
     @classmethod
     def of(
@@ -91,10 +95,11 @@ class Request:
         tile: Sequence[int] | None = None,
         continual: bool = False,
         max_workspace_bytes: int | None = None,
+        precision: str = "ieee",
     ) -> Request:
         """The request with numbers in one form, and without an epilogue the plain one.
 
-        Raises UnsupportedError for a limit of the workspace below 0.
+        Raises UnsupportedError for a limit of the workspace below 0 and an unknown precision.
         """
         if epilogue is None:
             block = isinstance(geometry, SeparableGeometry)
@@ -102,6 +107,10 @@ class Request:
         if max_workspace_bytes is not None and max_workspace_bytes < 0:
             raise UnsupportedError(
                 f"max_workspace_bytes must be None or at least 0, got {max_workspace_bytes}"
+            )
+        if precision not in PRECISIONS:
+            raise UnsupportedError(
+                f"unknown precision {precision!r}. Known: {', '.join(PRECISIONS)}"
             )
         return cls(
             geometry,
@@ -115,6 +124,7 @@ class Request:
             None if tile is None else tuple(tile),
             continual,
             max_workspace_bytes,
+            precision,
         )
 
     @property

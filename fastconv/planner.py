@@ -57,6 +57,7 @@ def plan(
     tile: tuple[int, ...] | None = None,
     continual: bool = False,
     max_workspace_bytes: int | None = None,
+    precision: str = "ieee",
 ) -> Plan:
     """The plan that would run: the fastest as `tune` measured it, else by estimate.
 
@@ -67,6 +68,7 @@ def plan(
     continual  the geometry is the window of one output column of a stream
     max_workspace_bytes  most scratch memory that our kernels may ask for; PyTorch's own convolution
                allocates what it likes
+    precision  'ieee', or 'tf32' where float32 products on a GPU may be rounded to TF32 first
 
     Raises UnsupportedError with the reason if the request cannot be met, BackendError if the
     backend is not available.
@@ -84,6 +86,7 @@ def plan(
         tile=tile,
         continual=continual,
         max_workspace_bytes=max_workspace_bytes,
+        precision=precision,
     )
 
 
@@ -130,6 +133,7 @@ def priced(request: Request) -> list[Candidate]:
                 request.epilogue,
                 request.layout,
                 request.device,
+                precision=request.precision,
             )
             reason = backends.kernel(family, name).supports(
                 request.geometry, request.dtype, request.epilogue
@@ -200,13 +204,23 @@ def configurations(p: Plan, max_workspace_bytes: int | None = None) -> Iterator[
 def _backends(backend: str, device: str) -> list[str]:
     if backend != "auto":
         backends.check(backend)
+        allowed = backends.devices(backend)
+        if device not in allowed:
+            raise BackendError(
+                f"backend {backend!r} computes on {' and '.join(allowed)}, "
+                f"but the arrays are on device {device!r}"
+            )
         return [backend]
-    usable = backends.available()
-    names = [name for name in AUTO_BACKENDS if usable[name] is None]
-    if device != "cpu":
-        names = [name for name in names if name in ("triton", "torch")]
-        if not names:
-            raise BackendError(f"no backend available for device {device!r}")
+    # Triton's interpreter is for tests: it is never the fastest.
+    names = [
+        name
+        for name in AUTO_BACKENDS
+        if device in backends.devices(name)
+        and not (name == "triton" and device == "cpu")
+        and backends.why_not(name) is None
+    ]
+    if not names and device != "cpu":
+        raise BackendError(f"no backend available for device {device!r}")
     return names or ["reference"]
 
 

@@ -40,6 +40,7 @@ _packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
 # PyTorch has a memory format for 2 and 3 axes; one axis is channels last by its strides.
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _FLOAT32 = np.dtype(np.float32)
+ON_TENSORS = ("torch", "triton")  # backends whose kernels take tensors; the others see memory
 _SAMPLES = 256  # elements that guard packed weights against writes PyTorch does not count
 
 
@@ -100,6 +101,7 @@ def _conv_impl(
         _geometry(input, weight, stride, padding, dilation, groups),
         dtype=str(input.dtype).removeprefix("torch."),
         device=input.device.type,
+        precision=precision_of(input),
         epilogue=Epilogue(bias is not None, activation, residual is not None),
         layout=ops.layout_of(input),
         algorithm=algorithm,
@@ -183,6 +185,7 @@ def separable_block(
         geometry,
         dtype=str(input.dtype).removeprefix("torch."),
         device=input.device.type,
+        precision=precision_of(input),
         epilogue=epilogue,
         layout=ops.layout_of(input),
         **choice,
@@ -209,11 +212,12 @@ def continual_step(
         shape = (*plan.geometry.y_shape[:2], *plan.geometry.y_shape[3:])
         y = new_dense(shape, input, plan.layout)
         packed = packed_weights(plan, weight)
-        if plan.backend == "torch":
-            from .torch_kernels import continual
-
-            x, r = dense(input, plan.layout), dense(residual, plan.layout)
-            continual.run(plan, x, packed, bias, r, state.frames, state.steps, y, None)
+        if plan.backend in ON_TENSORS:
+            if y.numel():
+                module = backends.kernel("continual", plan.backend)
+                x, r = dense(input, plan.layout), dense(residual, plan.layout)
+                scratch = device_workspace(module.workspace_size(plan), y)
+                module.run(plan, x, packed, bias, r, state.frames, state.steps, y, scratch)
         elif plan.backend == "c":
             if y.numel():
                 x, r = dense(input, plan.layout), dense(residual, plan.layout)
@@ -254,8 +258,9 @@ class Runner:
         y = new_dense(self._y_shape, x, layout)
         if not y.numel():
             return y
-        if self.plan.backend == "torch":
-            self._run(self.plan, x, packed, bias, residual, y, None)
+        if self.plan.backend in ON_TENSORS:
+            workspace = device_workspace(self._size_of(self.plan), y)
+            self._run(self.plan, x, packed, bias, residual, y, workspace)
             return y
         if self.plan.backend == "c":  # sees addresses only, and knows what was packed
             workspace = ops.workspace(packed.workspace_size(), _FLOAT32)
@@ -270,6 +275,18 @@ class Runner:
         workspace = ops.workspace(size, y_view.dtype)
         self._run(self.plan, x_view, packed, b, _view(residual), y_view, workspace)
         return y
+
+
+def device_workspace(size: int, like: Tensor) -> Tensor | None:
+    """Scratch for a kernel on the stream of this call: PyTorch's allocator keeps streams apart."""
+    return like.new_empty(size) if size else None
+
+
+def precision_of(input: Tensor) -> str:
+    """'tf32' where the user lets PyTorch's own convolutions of this tensor round to TF32."""
+    if input.device.type != "cuda" or input.dtype != torch.float32:
+        return "ieee"
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
 
 
 @lru_cache(maxsize=4096)
@@ -295,7 +312,7 @@ class PackedWeights:
         self._pointer, self._version = weight.data_ptr(), _version(weight)
         self._sample = _sample(weight)
         self._values = self._sample.tobytes()
-        self._packed: dict[Plan | Runner, Any] = {}
+        self._packed: dict[Plan | Runner, tuple[Any, Any, Any]] = {}
 
     def are_of(self, weight: Tensor) -> bool:
         """Whether this is still the memory and the content that was packed."""
@@ -309,14 +326,27 @@ class PackedWeights:
 
     def form(self, runner: Runner, weight: Tensor) -> Any:
         """The weights in the form that a plan's kernel reads."""
-        packed = self._packed.get(runner)
-        if packed is None:
-            packed = self._packed[runner] = _pack(runner.plan, weight)
+        held = self._packed.get(runner)
+        if held is None:
+            packed = _pack(runner.plan, weight)
+            held = self._packed[runner] = (packed, *_moment(weight))
+        packed, stream, event = held
+        if stream is not None and torch.cuda.current_stream(weight.device) != stream:
+            # Packed on one stream, read on another.
+            torch.cuda.current_stream(weight.device).wait_event(event)
         return packed
 
     def drop(self) -> None:
         """Pack again when a form is asked for next."""
         self._packed.clear()
+
+
+def _moment(weight: Tensor) -> tuple[Any, Any]:
+    """The stream on which something was just made, and an event behind it; None on a CPU."""
+    if weight.device.type != "cuda":
+        return None, None
+    stream = torch.cuda.current_stream(weight.device)
+    return stream, stream.record_event()
 
 
 def held_weights(weight: Tensor) -> PackedWeights:
@@ -354,7 +384,7 @@ def _sample(weight: Tensor) -> np.ndarray:
 
 
 def _pack(plan: Plan, weights: Any) -> Any:
-    if plan.backend == "torch":
+    if plan.backend in ON_TENSORS:
         return ops.pack(plan, weights)
     views = tuple(map(_view, weights)) if isinstance(weights, tuple) else _view(weights)
     return ops.pack(plan, views)

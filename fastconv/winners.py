@@ -32,7 +32,7 @@ from .geometry import Geometry, SeparableGeometry
 from .plan import Plan, Request
 
 SCHEMA = 1
-PACKAGES = ("fastconv", "torch", "numba")  # results hold for these versions
+PACKAGES = ("fastconv", "torch", "numba", "triton")  # results hold for these versions
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,8 @@ def key(request: Request) -> str:
     ]
     if request.device != "cpu":
         parts.append(request.device)
+    if request.precision != "ieee":
+        parts.append(request.precision)
     choice = (("algorithm", request.algorithm), ("backend", request.backend))
     parts += [f"{name} {value}" for name, value in choice if value != "auto"]
     if request.tile is not None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 
 import numpy as np
 from hypothesis import strategies as st
 
-from fastconv.backends import available, kernel
+from fastconv.backends import available, interpreted, kernel
 from fastconv.epilogue import ACTIVATIONS, Epilogue
 from fastconv.errors import GeometryError
 from fastconv.geometry import Geometry
@@ -50,7 +50,24 @@ _wanted = os.environ.get("FASTCONV_TEST_BACKENDS", "reference numba torch c").sp
 CPU_BACKENDS = [
     *(b for b in ("reference", "numba", "torch") if b in _wanted and available()[b] is None),
     *(b for b in _c_backends() if b in _wanted),
+    # On a GPU if there is one, by the interpreter if that is asked for: tensors from `moved`.
+    *(b for b in ("triton",) if b in _wanted and available()[b] is None),
 ]
+FLOAT32_ONLY = ("c", "triton")  # of the precisions that NumPy has
+
+
+def moved(array, plan: Plan):
+    """An array, a tuple of them or None, as the plan's backend takes it: for Triton a tensor.
+
+    On a GPU that is a copy, and `array` is not changed by what a kernel writes.
+    """
+    if plan.backend != "triton" or array is None:
+        return array
+    if isinstance(array, tuple):
+        return tuple(moved(a, plan) for a in array)
+    import torch
+
+    return torch.from_numpy(array).to(plan.device)
 
 
 def random(shape, seed: int, dtype="float32") -> np.ndarray:
@@ -76,8 +93,23 @@ class Fenced:
         self._store = np.full(size + 2 * FENCE, np.nan, dtype)
         self._store[:FENCE] = self._store[FENCE + size :] = 12345.0
         self._size = size
-        inner = self._store[FENCE : FENCE + size].reshape(memory)
-        self.array = np.moveaxis(inner, -1, 1) if layout == CHANNELS_LAST else inner
+        self._memory, self._last = memory, layout == CHANNELS_LAST
+        self.array = self._inner(self._store)
+
+    def _inner(self, store):
+        inner = store[FENCE : FENCE + self._size].reshape(self._memory)
+        return np.moveaxis(inner, -1, 1) if self._last else inner
+
+    @contextmanager
+    def on(self, plan: Plan):
+        """The array as the plan's backend takes it; what is written there comes back here."""
+        if plan.backend != "triton":
+            yield self.array
+            return
+        store = moved(self._store, plan)
+        inner = store[FENCE : FENCE + self._size].reshape(self._memory)
+        yield inner.movedim(-1, 1) if self._last else inner
+        self._store[:] = store.cpu().numpy()
 
     def check(self) -> None:
         zones = self._store[:FENCE], self._store[FENCE + self._size :]
@@ -89,6 +121,8 @@ def execute(plan: Plan, x, w, bias=None, residual=None) -> np.ndarray:
 
     For hfa, w and bias are tuples of three.
     """
+    if plan.backend == "triton":
+        plan = replace(plan, device="cpu" if interpreted() else "cuda")
     module = kernel(plan.family, plan.backend)
     reason = module.supports(plan.geometry, plan.dtype, plan.epilogue)
     assert reason is None, reason
@@ -98,7 +132,9 @@ def execute(plan: Plan, x, w, bias=None, residual=None) -> np.ndarray:
     y = Fenced(plan.geometry.y_shape, plan.dtype, plan.layout)
     x, residual = (a if a is None else laid_out(a, plan.layout) for a in (x, residual))
     before = x.copy()
-    module.run(plan, x, packed, bias, residual, y.array, workspace.array)
+    with y.on(plan) as out, workspace.on(plan) as scratch:
+        inputs = (moved(x, plan), packed, moved(bias, plan), moved(residual, plan))
+        module.run(plan, *inputs, out, scratch)
     y.check()
     workspace.check()
     assert np.array_equal(x, before, equal_nan=True), "the input was written"

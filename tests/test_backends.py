@@ -10,7 +10,7 @@ import pytest
 from fastconv import backends
 from fastconv.errors import BackendError
 
-HAVE_NUMBA_AND_TORCH = all(importlib.util.find_spec(name) for name in ("numba", "torch"))
+HAVE_NUMBA_AND_TORCH = all(importlib.util.find_spec(name) for name in ("numba", "torch", "triton"))
 
 
 @pytest.fixture
@@ -53,14 +53,16 @@ def test_a_missing_package_says_how_to_get_it(without, package, reason):
 
 
 @pytest.mark.skipif(not HAVE_NUMBA_AND_TORCH, reason="the message lists what is installed")
-def test_a_backend_of_another_version():
+def test_a_backend_whose_device_is_absent(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(BackendError) as refusal:
-        backends.kernel("hfa", "triton")
+        backends.check("triton")
     usable = ", ".join(name for name, reason in backends.available().items() if reason is None)
     assert str(refusal.value) == (
-        "backend 'triton' is not available: the Triton backend is not part of this version. "
-        f"Available: {usable}"
+        f"backend 'triton' is not available: no CUDA device. Available: {usable}"
     )
+    assert "triton" not in usable
 
 
 def test_unknown_names():

@@ -49,6 +49,7 @@ UPWARD = {
 THIRD_PARTY = {
     "numba_kernels": {"numpy", "numba", "llvmlite"},
     "torch_kernels": {"numpy", "torch"},
+    "triton_kernels": {"numpy", "torch", "triton"},
     "torch_ops": {"numpy", "torch"},
     "torch_memory": {"numpy", "torch"},
     "nn": {"numpy", "torch"},
@@ -71,6 +72,7 @@ def modules() -> dict[str, Path]:
     for folder, package in (
         (ROOT / "fastconv", "fastconv"),
         (ROOT / "reference", "fastconv.reference"),
+        (ROOT / "triton_kernels", "fastconv.triton_kernels"),
         (ROOT / "bench", "fastconv.bench"),
     ):
         for path in sorted(set(folder.rglob("*.py")) - set(folder.rglob("test_*.py"))):

@@ -19,7 +19,7 @@ import fastconv
 from fastconv import backends
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("fastconv", "reference", "bench", "csrc")
+FOLDERS = ("fastconv", "reference", "triton_kernels", "bench", "csrc")
 FILES = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE")
 EXTENSION = "fastconv/c_kernels/_csrc.abi3.so"
 
@@ -95,6 +95,7 @@ def test_the_wheel_holds_the_package_and_nothing_beside_it(wheel):
         f"fastconv/{p.relative_to(ROOT / 'fastconv')}" for p in ROOT.glob("fastconv/**/*.py")
     }
     expected |= {f"fastconv/reference/{p.name}" for p in ROOT.glob("reference/*.py")}
+    expected |= {f"fastconv/triton_kernels/{p.name}" for p in ROOT.glob("triton_kernels/*.py")}
     expected |= {f"fastconv/bench/{p.name}" for p in ROOT.glob("bench/*.py")}
     expected |= {"fastconv/py.typed", "fastconv/published.csv", "fastconv/bench/cases.csv"}
     assert {name for name in names if name.startswith("fastconv/")} == expected
