@@ -1,4 +1,4 @@
-"""The end of every kernel: bias, residual and activation in float32, one rounding, a masked store."""
+"""The end of every kernel: bias, residual and activation in float32, one rounding, one store."""
 
 from __future__ import annotations
 
