@@ -41,10 +41,12 @@ if triton.knobs.runtime.interpret:
 
 
 @lru_cache(maxsize=1024)
-def kernel(source: str) -> Any:
+def kernel(source: str, general: tuple[str, ...] = ()) -> Any:
     """The @triton.jit function whose text this is, `def name(...): ...`; equal texts share it.
 
     The text may use `tl`, `store` and `activate`.
+    general: integer parameters whose values are of no help to the compiler; otherwise it makes a
+    kernel of its own for those that are 1, and for those divisible by 16
     """
     name = source.split("(", 1)[0].removeprefix("def ").strip()
     filename = f"<fastconv {name} {abs(hash(source)):x}>"
@@ -57,7 +59,7 @@ def kernel(source: str) -> Any:
         "__name__": f"{__package__}.generated",
     }
     exec(compile(source, filename, "exec"), names)
-    return triton.jit(names[name])
+    return triton.jit(names[name], do_not_specialize=list(general))
 
 
 def indented(lines: Sequence[str], level: int = 1) -> str:
