@@ -12,7 +12,15 @@ from . import depthwise_axes as axes
 from . import depthwise_source, emit, launch
 
 PROCESSORS = 132  # multiprocessors of an H100 or H200
-MOST_UNROLLED = 1500  # products per element that are written out
+MOST_UNROLLED = 1500  # products per element that are written out, so that sums need not move
+MOST_TAPS = 1000  # all are written out
+
+
+def refuse(geometry: Geometry) -> str | None:
+    """The reason against a geometry, or None."""
+    if geometry.taps > MOST_TAPS:
+        return f"kernel {geometry.kernel} has {geometry.taps} taps, more than {MOST_TAPS}"
+    return None
 
 
 @dataclass(frozen=True)
