@@ -23,14 +23,15 @@ needs_numba = pytest.mark.skipif("numba" not in cases.CPU_BACKENDS, reason="no n
 
 UNROLLED = (("unrolled", 1),)  # whatever the size: compile for these taps
 LOOPED = (("unrolled", 0),)
-C_CONFIGS = {LOOPED: (("looped", 1),)}  # the same on the C backend; compiled taps are its default
+# The same on other backends; compiled taps are their default.
+CONFIGS = {"c": {LOOPED: (("looped", 1),)}, "triton": {LOOPED: (("unroll", 0), ("held", 0))}}
 
 
 def plan_for(
     backend, geometry, dtype="float32", layout=CHANNELS_LAST, epilogue=None, config=()
 ) -> Plan:
-    config = {"numba": config, "c": C_CONFIGS.get(config, ())}.get(backend, ())
-    dtype = "float32" if backend == "c" else dtype  # its only one
+    config = config if backend == "numba" else CONFIGS.get(backend, {}).get(config, ())
+    dtype = "float32" if backend in cases.FLOAT32_ONLY else dtype
     return Plan(
         "depthwise", backend, geometry, dtype, epilogue or Epilogue(), layout, config=config
     )

@@ -19,7 +19,7 @@ from . import emit, launch
 from .depthwise_launch import PROCESSORS, Pass, kernel_launch, strides
 from .depthwise_launch import refuse as refuse_taps
 
-MOST_SUMS = 64  # taps times channels that a thread sums in registers
+MOST_SUMS = 64  # taps times elements that a thread sums in registers
 PLACES = 256  # gradients that one program of the second stage completes
 PARTS = 16  # partial sums that it adds at once
 TRANSPOSE = """\
@@ -106,7 +106,7 @@ def weight_gradient(plan, x, gy, gw, workspace) -> None:
 
     Equivalent to `torch.nn.grad.conv3d_weight(x, w.shape, gy, ..., groups=C)`.
     """
-    partial = workspace.view(torch.float32) if _splits(plan) else gw.new_empty(0, dtype=torch.float32)
+    partial = workspace.view(torch.float32) if _splits(plan) else gw  # of an empty batch: none
     arrays = {"x": x, "gy": gy, "partial": partial, "gw": gw}
     with launch.device_of(x):
         for start in launches_weight(plan):
@@ -132,19 +132,16 @@ class _Share:
         for axis in range(3):
             if prod(self.kernel) > MOST_SUMS:
                 self.shared[axis], self.kernel[axis] = self.kernel[axis], 1
-        fits = max(1, MOST_SUMS // prod(self.kernel))
-        self.vector = gcd(widest, options.get("vector", 4 if fits >= 4 else 2 if fits >= 2 else 1))
-        elements = max(self.vector, options.get("elements", min(fits, 2)))
+        fits = MOST_SUMS // prod(self.kernel) // (1 if last else 2)
+        fits = 4 if fits >= 4 else 2 if fits >= 2 else 1
+        self.vector = gcd(widest, options.get("vector", fits))
+        elements = max(self.vector, options.get("elements", fits))
         self.channels = _channel_block(channels, self.vector, _bytes(plan)) if last else 1
         self.warps = options.get("warps", 4)
         self.positions = max(1, 32 * self.warps * elements // self.channels)
         # A tile never reaches beyond the outputs: their gradients there would be zeros, and zero
         # times an infinite input NaN.
-        self.tile = [
-            1 if self.kernel[axis] == 1 else max(d for d in (1, 2) if g.out_size[axis] % d == 0)
-            for axis in (1, 2)
-        ]
-        self.tile = [self.tile[0], 1]
+        self.tile = (2 if self.kernel[1] > 1 and g.out_size[1] % 2 == 0 else 1, 1)
         dilation = [1 if s > 1 else d for s, d in zip(self.shared, g.dilation, strict=True)]
         self.time = axes.forward_stream(self.kernel[0], g.stride[0], dilation[0])
         self.height, self.width = (

@@ -13,6 +13,7 @@ from . import depthwise_source, emit, launch
 
 PROCESSORS = 132  # multiprocessors of an H100 or H200
 MOST_UNROLLED = 1500  # products per element that are written out, so that sums need not move
+MOST_AHEAD = 32  # elements per thread that are loaded before the first of them is used
 MOST_TAPS = 1000  # all are written out
 
 
@@ -147,6 +148,8 @@ def structure(p: Pass, b: Blocks) -> depthwise_source.Structure:
     several = p.channels == depthwise_source.SEVERAL_INPUTS
     held = not several and prod(g.kernel) * b.elements <= p.options.get("held", 64)
     unrolled = p.options.get("unroll", int(products * time.ring <= MOST_UNROLLED)) and not several
+    unroll = time.ring if unrolled else 1
+    loaded = unroll * len(time.frames) * len(height.positions) * len(width.positions) * b.elements
     return depthwise_source.Structure(
         time=time,
         height=height,
@@ -157,7 +160,8 @@ def structure(p: Pass, b: Blocks) -> depthwise_source.Structure:
         channels=p.channels,
         backward=p.backward,
         hold=held,
-        unroll=time.ring if unrolled else 1,
+        unroll=unroll,
+        ahead=bool(p.options.get("ahead", loaded <= MOST_AHEAD)) and not several,
         wide=wide(p, b),
         bias=e.bias and not p.backward,
         residual=e.residual and not p.backward,

@@ -29,6 +29,7 @@ class Structure:
     backward  the gradient of the input: x is that of the outputs
     hold      weights stay in registers; otherwise they are loaded at every step
     unroll    steps written out: the ring's length, so that sums need not move, or 1
+    ahead     the frames of all steps written out are loaded before the first one's sums
     wide      64-bit offsets
     """
 
@@ -42,6 +43,7 @@ class Structure:
     backward: bool = False
     hold: bool = True
     unroll: int = 1
+    ahead: bool = False
     wide: bool = False
     bias: bool = False
     residual: bool = False
@@ -78,7 +80,10 @@ def source(s: Structure) -> str:
     if s.bias:
         before += ["bias = tl.load(bias_ptr + k).to(tl.float32)"]
     before += _start(s)
-    steps = [line for step in range(s.unroll) for line in _step(s, step)]
+    steps = []
+    if s.ahead:
+        steps += [line for step in range(s.unroll) for line in _frames(s, step)]
+    steps += [line for step in range(s.unroll) for line in _step(s, step)]
     return "\n".join(
         [
             f"def depthwise(x_ptr, w_ptr, bias_ptr, residual_ptr, y_ptr, {', '.join(INTEGERS)},",
@@ -186,7 +191,6 @@ def _start(s: Structure) -> list[str]:
 
 def _step(s: Structure, step: int) -> Iterator[str]:
     newest = s.age(0, step)
-    yield f"f = f0 + (base + {step}) * {s.time.in_step}"
     if s.channels == SEVERAL_INPUTS:
         # The loop over inputs is inside of the walk: their sums are the same.
         yield from (_zero(s, z) for out in range(s.time.outs) for z in _sums(s, newest, out))
@@ -205,31 +209,55 @@ def _step(s: Structure, step: int) -> Iterator[str]:
             yield from (f"{a} = {b}" for a, b in zip(older, newer, strict=True))
 
 
+def _frames(s: Structure, step: int) -> list[str]:
+    """Loads of all frames of a step."""
+    rows = range(len(s.height.positions))
+    return [
+        line
+        for frame in range(len(s.time.frames))
+        for line in _frame(s, step, frame) + [l for i in rows for l in _row(s, step, frame, i)]
+    ]
+
+
+def _frame(s: Structure, step: int, frame: int) -> list[str]:
+    """Where a frame lies, and whether it exists."""
+    m = " + m" if s.channels_last else " + m * xc"
+    return [
+        f"frame = f0 + (base + {step}) * {s.time.in_step} + {s.time.frames[frame]}",
+        "has_f = (frame >= 0) & (frame < T)",
+        f"x_f = x_ptr + frame * xt{m if s.channels == SEVERAL_INPUTS else ''}",
+    ]
+
+
+def _row(s: Structure, step: int, frame: int, row: int) -> list[str]:
+    """Loads of one row of a frame."""
+    across = " * xw" if s.channels_last else ""
+    lines = [f"x_r = x_f + (read + {s.height.positions[row]} * xh)"]
+    for j, column in enumerate(s.width.positions):
+        mask = f"has_h{row} & has_w{j} & has_f"
+        load = f"tl.load(x_r + {column}{across}, mask={mask}, other=0.0).to(tl.float32)"
+        lines.append(f"{_value(step, frame, row, j)} = {load}")
+    return lines
+
+
+def _value(step: int, frame: int, row: int, column: int) -> str:
+    return f"v{step}_{frame}_{row}_{column}"
+
+
 def _products(s: Structure, step: int, begun: set[str]) -> list[str]:
-    """Loads of a step's frames and what they add to the sums; `begun` have a value already."""
+    """What a step's frames add to the sums, of which `begun` have a value already."""
     lines: list[str] = []
-    rows, columns = s.height.positions, s.width.positions
-    by_row = len(rows) * len(columns) * s.vector > LIVE
-    across, m = (" * xw", " + m") if s.channels_last else ("", " + m * xc")
-    m = m if s.channels == SEVERAL_INPUTS else ""
-    for frame, place in enumerate(s.time.frames):
-        lines += [
-            f"frame = f + {place}",
-            "has_f = (frame >= 0) & (frame < T)",
-            f"x_f = x_ptr + frame * xt{m}",
-        ]
-        loads, products = [], []
-        for i, row in enumerate(rows):
-            loads.append(f"x_r = x_f + (read + {row} * xh)")
-            for j, column in enumerate(columns):
-                mask = f"has_h{i} & has_w{j} & has_f"
-                load = f"tl.load(x_r + {column}{across}, mask={mask}, other=0.0).to(tl.float32)"
-                loads.append(f"v{i}_{j} = {load}")
-            products += _row_products(s, step, frame, i, begun)
-            if by_row:
-                lines += loads + products
-                loads, products = [], []
-        lines += loads + products
+    rows = range(len(s.height.positions))
+    by_row = len(rows) * len(s.width.positions) * s.vector > LIVE
+    for frame in range(len(s.time.frames)):
+        if not s.ahead:
+            lines += _frame(s, step, frame)
+            if not by_row:
+                lines += [line for i in rows for line in _row(s, step, frame, i)]
+        for i in rows:
+            if by_row and not s.ahead:
+                lines += _row(s, step, frame, i)
+            lines += _row_products(s, step, frame, i, begun)
     newest = s.age(0, step)
     for out in range(s.time.outs):
         lines += [_zero(s, z) for z in _sums(s, newest, out) if z not in begun]
@@ -247,8 +275,10 @@ def _row_products(s: Structure, step: int, frame: int, row: int, begun: set[str]
                     continue
                 z = f"z{s.age(age, step)}_{out}_{oi}_{oj}"
                 fresh = age == 0 and z not in begun
-                begun.add(z) if age == 0 else None
-                lines.append(f"{z} {'=' if fresh else '+='} v{row}_{j} * w{s.tap(kt, kh, kw)}")
+                if fresh:
+                    begun.add(z)
+                v = _value(step, frame, row, j)
+                lines.append(f"{z} {'=' if fresh else '+='} {v} * w{s.tap(kt, kh, kw)}")
     return lines
 
 
