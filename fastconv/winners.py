@@ -112,7 +112,7 @@ def _gpu() -> str:
     """The name of the GPU; of several the first, as machines with unlike ones are rare."""
     import torch
 
-    return torch.cuda.get_device_name(0)
+    return str(torch.cuda.get_device_name(0)) if torch.cuda.is_available() else "no GPU"
 
 
 def _geometry(geometry: Geometry | SeparableGeometry) -> str:
