@@ -175,7 +175,7 @@ def _graph(run: Callable[[], Any]) -> Callable[[], Any]:
     """A run on the GPU alone: its launches are recorded once, and its end is waited for."""
     import torch
 
-    side = torch.cuda.Stream()
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         run()
