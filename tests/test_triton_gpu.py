@@ -1,4 +1,4 @@
-"""What only a GPU shows: graphs, streams, the same bits each time, and the memory checker's eyes."""
+"""What only a GPU shows: graphs, streams, the same bits each time, what the memory checker sees."""
 
 from __future__ import annotations
 
