@@ -61,9 +61,12 @@ class Structure:
         return (step - age) % self.time.ring if self.unroll > 1 else age
 
 
-INTEGERS = tuple(
-    "units chunks frames multiplier vectors columns rows T H W OT OH OW "
-    "in_t in_h in_w out_t out_h out_w xn xc xt xh xw yn yc yt yh yw".split()
+STRIDES = ("xn", "xc", "xt", "xh", "xw", "yn", "yc", "yt", "yh", "yw")
+INTEGERS = (
+    *("units", "chunks", "frames", "multiplier", "vectors", "columns", "rows"),
+    *("T", "H", "W", "OT", "OH", "OW"),
+    *("in_t", "in_h", "in_w", "out_t", "out_h", "out_w"),
+    *STRIDES,
 )
 
 
@@ -99,7 +102,7 @@ def source(s: Structure) -> str:
 
 def _strides(s: Structure) -> Iterator[str]:
     """Strides in elements."""
-    for name in "xn xc xt xh xw yn yc yt yh yw".split():
+    for name in STRIDES:
         if s.wide:
             yield f"{name} = tl.cast({name}, tl.int64)"
         if s.vector > 1:

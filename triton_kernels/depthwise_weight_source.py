@@ -14,6 +14,7 @@ from itertools import product
 
 from . import emit
 from .depthwise_axes import Axis, Stream
+from .depthwise_source import STRIDES
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,12 @@ class Structure:
     wide: bool = False
 
 
-INTEGERS = tuple(
-    "units items splits chunks frames multiplier vectors blocks columns rows all_h all_w "
-    "T H W OT OH OW in_t in_h in_w xn xc xt xh xw yn yc yt yh yw".split()
+INTEGERS = (
+    *("units", "items", "splits", "chunks", "frames", "multiplier", "vectors", "blocks"),
+    *("columns", "rows", "all_h", "all_w"),
+    *("T", "H", "W", "OT", "OH", "OW"),
+    *("in_t", "in_h", "in_w"),
+    *STRIDES,
 )
 
 
@@ -65,7 +69,7 @@ def source(s: Structure) -> str:
 
 def _program(s: Structure) -> Iterator[str]:
     """Which channels, taps and share of the outputs the program has."""
-    for name in "xn xc xt xh xw yn yc yt yh yw".split():
+    for name in STRIDES:
         if s.wide:
             yield f"{name} = tl.cast({name}, tl.int64)"
         if s.vector > 1:

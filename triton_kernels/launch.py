@@ -55,7 +55,8 @@ class Launch:
         """What `triton.compile` takes, for arrays of these dtypes by name; None: not given.
 
         Specialised as Triton itself would: arrays begin at multiples of 16 bytes, integers that are
-        1 are constants, and those divisible by 16 are known to be, unless the kernel takes all alike.
+        1 are constants, and those divisible by 16 are known to be; unless the kernel is general in
+        them.
         """
         names = self.kernel.arg_names
         signature: dict[str, str] = {}
