@@ -206,7 +206,7 @@ def test_weight_gradient_shares_and_repeats(layout):
     case = dict(size=(9, 6, 7), kernel=(2, 2, 2), batch=2, config=(("frames", 4), ("elements", 1)))
     plan = plan_of(3, layout=layout, **case)
     x, w, gy = arrays(plan, integers=False)
-    first, second = gradients.launches_weight(plan)
+    first, _ = gradients.launches_weight(plan)
     assert first.programs > plan.geometry.out_channels
     gw = weight_gradient(plan, x, gy)
     assert torch.equal(weight_gradient(plan, x, gy), gw)

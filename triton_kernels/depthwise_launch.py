@@ -194,7 +194,7 @@ def frames_per_walk(p: Pass, programs: int) -> int:
 
 def strides(shape: tuple[int, ...], channels_last: bool) -> tuple[int, ...]:
     """Elements between neighbours along (N, C, T, H, W) of a dense array."""
-    n, c, t, h, w = shape
+    _, c, t, h, w = shape
     if channels_last:
         return (t * h * w * c, 1, h * w * c, w * c, c)
     return (c * t * h * w, t * h * w, h * w, w, 1)

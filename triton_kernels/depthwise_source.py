@@ -218,7 +218,7 @@ def _frames(s: Structure, step: int) -> list[str]:
     return [
         line
         for frame in range(len(s.time.frames))
-        for line in _frame(s, step, frame) + [l for i in rows for l in _row(s, step, frame, i)]
+        for line in _frame(s, step, frame) + [x for i in rows for x in _row(s, step, frame, i)]
     ]
 
 
