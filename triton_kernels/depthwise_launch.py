@@ -13,7 +13,7 @@ from . import depthwise_source, emit, launch
 
 PROCESSORS = 132  # multiprocessors of an H100 or H200
 MOST_UNROLLED = 1500  # products per element that are written out, so that sums need not move
-MOST_AHEAD = 32  # elements per thread that are loaded before the first of them is used
+MOST_AHEAD = 24  # elements per thread that are loaded before the first of them is used
 MOST_TAPS = 1000  # all are written out
 
 
@@ -149,7 +149,9 @@ def structure(p: Pass, b: Blocks) -> depthwise_source.Structure:
     held = not several and prod(g.kernel) * b.elements <= p.options.get("held", 64)
     unrolled = p.options.get("unroll", int(products * time.ring <= MOST_UNROLLED)) and not several
     unroll = time.ring if unrolled else 1
-    loaded = unroll * len(time.frames) * len(height.positions) * len(width.positions) * b.elements
+    written = unroll * len(time.frames) * len(height.positions)
+    row = len(width.positions) * b.elements
+    ahead = p.options.get("ahead", max(1, MOST_AHEAD // row))
     return depthwise_source.Structure(
         time=time,
         height=height,
@@ -161,7 +163,7 @@ def structure(p: Pass, b: Blocks) -> depthwise_source.Structure:
         backward=p.backward,
         hold=held,
         unroll=unroll,
-        ahead=bool(p.options.get("ahead", loaded <= MOST_AHEAD)) and not several,
+        ahead=0 if several else min(written, ahead),
         wide=wide(p, b),
         bias=e.bias and not p.backward,
         residual=e.residual and not p.backward,
@@ -236,4 +238,5 @@ def kernel_launch(p: Pass, arrays: tuple[str, ...]) -> launch.Launch:
         ),
         constants=tuple(constants.items()),
         warps=b.warps,
+        registers=p.options.get("registers", 0),
     )

@@ -14,7 +14,7 @@ from itertools import product
 
 from . import emit
 from .depthwise_axes import Axis, Stream
-from .depthwise_source import STRIDES
+from .depthwise_source import STRIDES, extents, within
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,8 @@ def _item(s: Structure) -> Iterator[str]:
     yield f"f0 = first * {t.in_step} + chunk % {t.residues} + in_t + dt"
     yield f"t0 = first * {t.out_step} + chunk % {t.residues}"
     yield f"count = tl.minimum(frames, (OT - t0 + {t.out_step - 1}) // {t.out_step})"
-    for name, axis, extent in (("h", s.height, "H"), ("w", s.width, "W")):
-        for i, p in enumerate(axis.positions):
-            yield f"has_{name}{i} = ({name} + {p} >= 0) & ({name} + {p} < {extent})"
+    rows, columns = s.height.positions, s.width.positions
+    yield from extents("h", rows, "H", "w", columns, "W", "(unit < units)")
 
 
 def _ring(s: Structure) -> Iterator[str]:
@@ -143,7 +142,7 @@ def _step(s: Structure, step: int) -> Iterator[str]:
         for i, row in enumerate(s.height.positions):
             yield f"x_r = x_f + (read + {row} * xh)"
             for j, column in enumerate(s.width.positions):
-                mask = f"has_h{i} & has_w{j} & has_f & inside"
+                mask = f"({within('h', i, 'w', j, 'has_f')}) & has_k"
                 load = f"tl.load(x_r + {column}{across}, mask={mask}, other=0.0)"
                 yield f"v{i}_{j} = {load}.to(tl.float32)"
         for which, age, _, kt in time.terms:
