@@ -259,7 +259,8 @@ def _load(s: Structure, q: int, first: bool = False) -> Iterator[str]:
         yield "has_f = (frame >= 0) & (frame < T)"
         yield f"x_f = x_ptr + frame * xt{m if s.channels == SEVERAL_INPUTS else ''}"
     across = " * xw" if s.channels_last else ""
-    yield f"x_r = x_f + (read + {s.height.positions[row]} * xh)"
+    # The scalar sum first: one register with the lane's offset then serves all rows.
+    yield f"x_r = x_f + {s.height.positions[row]} * xh + read"
     for j, column in enumerate(s.width.positions):
         mask = within("h", row, "w", j, "has_f")
         load = f"tl.load(x_r + {column}{across}, mask={mask}, other=0.0)"
@@ -318,11 +319,11 @@ def _store(s: Structure, step: int) -> Iterator[str]:
     for out in range(s.time.outs):
         yield f"t = t0 + done * {s.time.out_step} + {out}"
         yield "has_t = (done >= 0) & (done < count) & (t >= 0) & (t < OT)"
-        yield "y_t = y_ptr + t * yt"
-        yield "residual_t = residual_ptr" + (" + t * yt" if s.residual else "")
         for i, j in product(range(s.height.outs), range(s.width.outs)):
             z = f"z{oldest}_{out}_{i}_{j}" + (" + bias" if s.bias else "")
+            yield f"place = t * yt + {i} * yh + {j}{across}"
+            residual = "residual_ptr" + (" + place" if s.residual else "")
             yield (
-                f"store(y_t, residual_t, written + ({i} * yh + {j}{across}), {z}, "
+                f"store(y_ptr + place, {residual}, written, {z}, "
                 f"{within('oh', i, 'ow', j, 'has_t')}, ACTIVATION, HAS_RESIDUAL)"
             )
