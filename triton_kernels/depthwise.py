@@ -12,7 +12,7 @@ from ..epilogue import Epilogue
 from ..geometry import Geometry
 from ..plan import CHANNELS_LAST, Plan
 from . import launch
-from .depthwise_launch import Pass, kernel_launch, refuse
+from .depthwise_launch import Pass, kernel_launch
 
 # What `depthwise_launch.blocks` and `structure` choose themselves where an entry is silent.
 CONFIGS: tuple[dict[str, int], ...] = (
@@ -31,7 +31,7 @@ def supports(geometry: Geometry, dtype: str, epilogue: Epilogue) -> str | None:
     """None, or the reason against."""
     if not geometry.is_depthwise:
         return f"not depthwise: {geometry.groups} groups for {geometry.in_channels} input channels"
-    return refuse(geometry) or launch.refuse_dtype(dtype)
+    return launch.refuse_dtype(dtype)
 
 
 def prepack(weights: Any, plan: Plan) -> torch.Tensor:

@@ -17,7 +17,6 @@ from . import depthwise_axes as axes
 from . import depthwise_weight_source as weight_source
 from . import emit, launch
 from .depthwise_launch import PROCESSORS, Pass, kernel_launch, strides
-from .depthwise_launch import refuse as refuse_taps
 
 MOST_SUMS = 64  # taps times elements that a thread sums in registers
 PLACES = 256  # gradients that one program of the second stage completes
@@ -35,7 +34,7 @@ def supports(geometry: Geometry, dtype: str) -> str | None:
     """None, or the reason against."""
     if not geometry.is_depthwise:
         return f"not depthwise: {geometry.groups} groups for {geometry.in_channels} input channels"
-    return refuse_taps(geometry) or launch.refuse_dtype(dtype)
+    return launch.refuse_dtype(dtype)
 
 
 def workspace_size(plan: Plan) -> int:

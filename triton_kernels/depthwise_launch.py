@@ -16,14 +16,6 @@ PROCESSORS = 132  # multiprocessors of an H100 or H200
 MOST_LIVE = 160  # numbers per thread that a tile may need at once
 MOST_WEIGHTS = 100  # weights times elements that a thread keeps
 MOST_AHEAD = 16  # elements per thread that are loaded before the first of them is used
-MOST_TAPS = 1000  # all are written out
-
-
-def refuse(geometry: Geometry) -> str | None:
-    """The reason against a geometry, or None."""
-    if geometry.taps > MOST_TAPS:
-        return f"kernel {geometry.kernel} has {geometry.taps} taps, more than {MOST_TAPS}"
-    return None
 
 
 @dataclass(frozen=True)
@@ -50,6 +42,11 @@ class Pass:
         return several[0] if self.backward else several[1]
 
     @property
+    def looped(self) -> bool:
+        """Whether there are too many taps to write out: a loop goes through them."""
+        return self.geometry.taps > MOST_WEIGHTS
+
+    @property
     def read_shape(self) -> tuple[int, ...]:
         return self.geometry.y_shape if self.backward else self.geometry.x_shape
 
@@ -66,6 +63,9 @@ class Pass:
         g = self.geometry
         kernel, stride, dilation = g.kernel[which], g.stride[which], g.dilation[which]
         before, size = g.padding[which][0], self.written_shape[2 + which]
+        if self.looped:
+            stride = 1 if self.backward else stride
+            return axes.forward(1, 1, stride, 1), size, before if self.backward else -before, 0
         if not self.backward:
             axis = axes.forward(outs, kernel, stride, dilation)
             return axis, -(-size // axis.outs), -before, 0
@@ -79,6 +79,10 @@ class Pass:
         g = self.geometry
         kernel, stride, dilation = g.kernel[0], g.stride[0], g.dilation[0]
         before, size = g.padding[0][0], self.written_shape[2]
+        if self.looped:
+            stride = 1 if self.backward else stride
+            offset = before if self.backward else -before
+            return axes.gathered(axes.forward(1, 1, stride, 1)), size, offset, 0
         if not self.backward:
             stream = axes.forward_stream(kernel, stride, dilation)
             return stream, -(-size // stream.out_step), -before, 0
@@ -134,6 +138,8 @@ def blocks(p: Pass) -> Blocks:
         widest = gcd(g.out_channels, 16 // (4 if p.plan.dtype == "float32" else 2))
     vector = min(widest, options.get("vector", elements))
     tile = (1, 1)
+    if p.looped:
+        return Blocks(vector, max(vector, elements), 1, 1, options.get("warps", 4), 0)
     if not flat and held(p, elements):
         tiles = product(range(1, 5), range(1, 3) if volume and p.channels_last else (1,))
         fitting = [t for t in tiles if live(p, elements, *t) <= MOST_LIVE]
@@ -180,6 +186,7 @@ def structure(p: Pass, b: Blocks) -> depthwise_source.Structure:
     height, width = p.axis(1, b.rows)[0], p.axis(2, b.columns)[0]
     several = p.channels == depthwise_source.SEVERAL_INPUTS
     unrolled = p.options.get("unroll", int(g.kernel[1:] == (1, 1))) and not several
+    loops = tuple(zip(g.stride, g.dilation, strict=True)) if p.looped else None
     unroll = time.ring if unrolled else 1
     written = unroll * len(time.frames) * len(height.positions)
     row = len(width.positions) * b.elements
@@ -195,10 +202,11 @@ def structure(p: Pass, b: Blocks) -> depthwise_source.Structure:
         backward=p.backward,
         hold=held(p, b.elements),
         unroll=unroll,
-        ahead=0 if several else min(written, ahead),
+        ahead=0 if several or p.looped else min(written, ahead),
         wide=wide(p, b),
         bias=e.bias and not p.backward,
         residual=e.residual and not p.backward,
+        loops=loops,
     )
 
 

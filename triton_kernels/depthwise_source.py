@@ -30,6 +30,8 @@ class Structure:
     unroll    steps written out: the ring's length, so that sums need not move, or 1
     ahead     rows of a tile's input that are loaded before they are used
     wide      64-bit offsets
+    loops     None, or (stride, dilation) of each axis: too many taps to write out, a loop goes
+              through them; then the axes are those of a single tap
     """
 
     time: Stream
@@ -46,6 +48,7 @@ class Structure:
     wide: bool = False
     bias: bool = False
     residual: bool = False
+    loops: tuple[tuple[int, int], ...] | None = None
 
     @property
     def taps(self) -> list[int]:
@@ -183,7 +186,7 @@ def within(row: str, i: int, column: str, j: int, condition: str) -> str:
     return f"at_{column}{j} < tl.where({condition}, of_{row}{i}, 0).to(tl.uint32)"
 
 
-def _weights(s: Structure, taps: list[int]) -> list[str]:
+def _weights(s: Structure, taps: Sequence[int | str]) -> list[str]:
     channel, tap = ("1", "yw") if s.channels_last else (str(len(s.taps)), "1")
     if s.backward and s.channels_last:
         tap = "xw"  # as many channels as the weights
@@ -217,6 +220,9 @@ def _order(s: Structure) -> list[tuple[int, int, int]]:
 
 def _walk(s: Structure) -> Iterator[str]:
     """The steps written out: rows are loaded `ahead` of their use, as many as the order has."""
+    if s.loops:
+        yield from _loop_of_taps(s)
+        return
     if s.channels == SEVERAL_INPUTS:
         yield from _sum_of_inputs(s)
         return
@@ -243,6 +249,42 @@ def _sum_of_inputs(s: Structure) -> Iterator[str]:
         lines = [*_load(s, q), *_products(s, step, frame, row, begun)]
         yield from ("    " + line for line in lines)
     yield from _complete(s, 0, begun)
+
+
+def _loop_of_taps(s: Structure) -> Iterator[str]:
+    """One step; every tap finds its input, in a gradient only where the stride divides."""
+    assert s.loops is not None
+    several, (_, height, width) = s.channels == SEVERAL_INPUTS, s.kernel
+    taps = (f"tap // {height * width}", f"tap // {width} % {height}", f"tap % {width}")
+    begins = (f"f0 + base * {s.time.in_step}", "h", "w")
+    yield _zero(s, "z0_0_0_0")
+    yield f"for tap in range({len(s.taps)}):"
+    exists = []
+    for place, begin, tap, extent, (stride, dilation) in zip(
+        ("frame", "r", "q"), begins, taps, "THW", s.loops, strict=True
+    ):
+        yield f"    {place} = {begin} {'-' if s.backward else '+'} {tap} * {dilation}"
+        exists.append(f"({place} >= 0)")
+        if s.backward and stride > 1:
+            exists.append(f"({place} % {stride} == 0)")
+            exists.append(f"({place} // {stride} < {extent})")
+            yield f"    {place}_of = {place} // {stride}"
+        else:
+            exists.append(f"({place} < {extent})")
+            yield f"    {place}_of = {place}"
+    yield f"    mask = {' & '.join(exists)} & inside"
+    across = " * xw" if s.channels_last else ""
+    yield f"    place = n * xn + r_of * xh + q_of{across} + c{'' if s.channels_last else ' * xc'}"
+    indent = "    "
+    if several:
+        yield "    for m in range(multiplier):"
+        indent = "        "
+    m = (" + m" if s.channels_last else " + m * xc") if several else ""
+    load = f"tl.load(x_ptr + frame_of * xt + (place{m}), mask=mask, other=0.0)"
+    yield f"{indent}v = {load}.to(tl.float32)"
+    yield from (indent + line for line in _weights(s, ["tap"]))
+    yield f"{indent}z0_0_0_0 += v * wtap"
+    yield from _store(s, 0)
 
 
 def _load(s: Structure, q: int, first: bool = False) -> Iterator[str]:
