@@ -20,11 +20,33 @@ from ..programs import Program
 from . import finish
 
 
+def _let_scalars_bound_loops() -> None:
+    """Let `range` take run-time integers in Triton's interpreter, which holds them as arrays.
+
+    Triton 3.6 converts them by `int(array)`, which NumPy 2.4 refuses for arrays of one axis.
+    """
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patched
+
+
+if triton.knobs.runtime.interpret:
+    _let_scalars_bound_loops()
+
+
 @lru_cache(maxsize=1024)
-def kernel(source: str) -> Any:
+def kernel(source: str, general: tuple[str, ...] = ()) -> Any:
     """The @triton.jit function whose text this is, `def name(...): ...`; equal texts share it.
 
     The text may use `tl`, `store` and `activate`.
+    general: integer parameters whose values are of no help to the compiler; otherwise it makes a
+    kernel of its own for those that are 1, and for those divisible by 16
     """
     name = source.split("(", 1)[0].removeprefix("def ").strip()
     filename = f"<fastconv {name} {abs(hash(source)):x}>"
@@ -37,7 +59,7 @@ def kernel(source: str) -> Any:
         "__name__": f"{__package__}.generated",
     }
     exec(compile(source, filename, "exec"), names)
-    return triton.jit(names[name])
+    return triton.jit(names[name], do_not_specialize=list(general))
 
 
 def indented(lines: Sequence[str], level: int = 1) -> str:

@@ -55,7 +55,7 @@ class Launch:
         """What `triton.compile` takes, for arrays of these dtypes by name; None: not given.
 
         Specialised as Triton itself would: arrays begin at multiples of 16 bytes, integers that are
-        1 are constants, and those divisible by 16 are known to be.
+        1 are constants, and those divisible by 16 are known to be, unless the kernel takes all alike.
         """
         names = self.kernel.arg_names
         signature: dict[str, str] = {}
@@ -72,11 +72,12 @@ class Launch:
                 signature[name], divisible = "constexpr", False
             else:
                 value = self.scalars[i - len(self.arrays)]
-                if value == 1:
+                general = self.kernel.params[i].do_not_specialize
+                if value == 1 and not general:
                     signature[name], divisible, constants[name] = "constexpr", False, 1
                 else:
                     signature[name] = "i32" if abs(value) <= INT32_MAX else "i64"
-                    divisible = value % 16 == 0
+                    divisible = value % 16 == 0 and not general
             if divisible:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         return triton.compiler.ASTSource(self.kernel, signature, constants, attributes)

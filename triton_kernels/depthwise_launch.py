@@ -1,0 +1,239 @@
+"""Depthwise kernels as launches: one direction of a convolution, its blocks and its offsets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import gcd, prod
+
+from ..geometry import Geometry
+from ..plan import CHANNELS_LAST, Plan
+from . import depthwise_axes as axes
+from . import depthwise_source, emit, launch
+
+PROCESSORS = 132  # multiprocessors of an H100 or H200
+MOST_UNROLLED = 1500  # products per element that are written out, so that sums need not move
+MOST_AHEAD = 32  # elements per thread that are loaded before the first of them is used
+MOST_TAPS = 1000  # all are written out
+
+
+def refuse(geometry: Geometry) -> str | None:
+    """The reason against a geometry, or None."""
+    if geometry.taps > MOST_TAPS:
+        return f"kernel {geometry.kernel} has {geometry.taps} taps, more than {MOST_TAPS}"
+    return None
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The forward pass of a plan, or the gradient of its input (`backward`)."""
+
+    plan: Plan
+    backward: bool = False
+    options: dict[str, int] = field(default_factory=dict, hash=False, compare=False)
+
+    @cached_property
+    def geometry(self) -> Geometry:
+        return self.plan.geometry.lifted()
+
+    @property
+    def multiplier(self) -> int:
+        return self.geometry.out_channels // self.geometry.in_channels
+
+    @property
+    def channels(self) -> str:
+        if self.multiplier == 1:
+            return ""
+        several = depthwise_source.SEVERAL_INPUTS, depthwise_source.SEVERAL_OUTPUTS
+        return several[0] if self.backward else several[1]
+
+    @property
+    def read_shape(self) -> tuple[int, ...]:
+        return self.geometry.y_shape if self.backward else self.geometry.x_shape
+
+    @property
+    def written_shape(self) -> tuple[int, ...]:
+        return self.geometry.x_shape if self.backward else self.geometry.y_shape
+
+    @property
+    def channels_last(self) -> bool:
+        return self.plan.layout == CHANNELS_LAST
+
+    def axis(self, which: int, outs: int) -> tuple[axes.Axis, int, int, int]:
+        """A tile of about `outs` outputs, their number, and the offsets of inputs and outputs."""
+        g = self.geometry
+        kernel, stride, dilation = g.kernel[which], g.stride[which], g.dilation[which]
+        before, size = g.padding[which][0], self.written_shape[2 + which]
+        if not self.backward:
+            axis = axes.forward(outs, kernel, stride, dilation)
+            return axis, -(-size // axis.outs), -before, 0
+        axis = axes.backward(max(1, outs // stride), kernel, stride, dilation)
+        skipped = before // stride  # strides of padding in front that no tile need cover
+        tiles = -(-(size + before - skipped * stride) // axis.outs)
+        return axis, tiles, skipped, skipped * stride - before
+
+    def stream(self) -> tuple[axes.Stream, int, int, int]:
+        """The walk along time, the steps of its longest residue, and the two offsets."""
+        g = self.geometry
+        kernel, stride, dilation = g.kernel[0], g.stride[0], g.dilation[0]
+        before, size = g.padding[0][0], self.written_shape[2]
+        if not self.backward:
+            stream = axes.forward_stream(kernel, stride, dilation)
+            return stream, -(-size // stream.out_step), -before, 0
+        stream = axes.backward_stream(kernel, stride, dilation)
+        if stride == 1:
+            return stream, -(-size // dilation), before - (kernel - 1) * dilation, 0
+        skipped = before // stride
+        steps = -(-(size + before - skipped * stride) // stride)
+        return stream, steps, skipped, skipped * stride - before
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The tuning choice.
+
+    vector         channels of a lane
+    elements       outputs per thread, tile and frame: lanes per thread times vector
+    rows, columns  outputs of a tile
+    """
+
+    vector: int
+    elements: int
+    rows: int
+    columns: int
+    warps: int
+
+    @property
+    def lanes(self) -> int:
+        return 32 * self.warps * self.elements // self.vector
+
+
+def blocks(p: Pass) -> Blocks:
+    """The plan's own choice, what it leaves open by rule.
+
+    A tile of several outputs reads its halo once. Along a row, neighbouring threads share theirs in
+    the L1 cache when the row is contiguous, so that tiles are columns there.
+    """
+    g, options = p.geometry, p.options
+    flat = g.kernel[1:] == (1, 1)
+    widest = 1
+    if p.channels_last and p.multiplier == 1:
+        bytes_each = 4 if p.plan.dtype == "float32" else 2
+        widest = gcd(g.out_channels, 16 // bytes_each)
+    vector = min(widest, options.get("vector", 4 if flat or g.kernel[0] == 1 else 2))
+    height, width = p.written_shape[3:]
+    rows = 1 if flat else _fit(height, 2 if p.channels_last else 4)
+    columns = 1 if flat or not p.channels_last else _fit(width, 2)
+    elements = options.get("elements", 4 if flat else 2 if p.channels_last else 1)
+    return Blocks(
+        vector,
+        max(vector, elements),
+        options.get("rows", rows),
+        options.get("columns", columns),
+        options.get("warps", 4),
+    )
+
+
+def _fit(extent: int, most: int) -> int:
+    """The tile of at most so many outputs that wastes least at the end, the largest such."""
+    return max(range(1, most + 1), key=lambda tile: (-(-(-extent // tile) * tile), tile))
+
+
+def structure(p: Pass, b: Blocks) -> depthwise_source.Structure:
+    """What the kernel's text depends on."""
+    g, e = p.geometry, p.plan.epilogue
+    time = p.stream()[0]
+    height, width = p.axis(1, b.rows)[0], p.axis(2, b.columns)[0]
+    products = prod(g.kernel) * height.outs * width.outs * time.outs
+    several = p.channels == depthwise_source.SEVERAL_INPUTS
+    held = not several and prod(g.kernel) * b.elements <= p.options.get("held", 64)
+    unrolled = p.options.get("unroll", int(products * time.ring <= MOST_UNROLLED)) and not several
+    unroll = time.ring if unrolled else 1
+    loaded = unroll * len(time.frames) * len(height.positions) * len(width.positions) * b.elements
+    return depthwise_source.Structure(
+        time=time,
+        height=height,
+        width=width,
+        kernel=g.kernel,
+        vector=b.vector,
+        channels_last=p.channels_last,
+        channels=p.channels,
+        backward=p.backward,
+        hold=held,
+        unroll=unroll,
+        ahead=bool(p.options.get("ahead", loaded <= MOST_AHEAD)) and not several,
+        wide=wide(p, b),
+        bias=e.bias and not p.backward,
+        residual=e.residual and not p.backward,
+    )
+
+
+def wide(p: Pass, b: Blocks) -> bool:
+    """Whether some offset needs 64 bits; the option of that name asks for them."""
+    g = p.geometry
+    padded = g.batch * g.in_channels * prod(g.padded_size)
+    margin = 2 * (b.rows + b.columns) * max(g.stride) + b.lanes
+    return bool(p.options.get("wide")) or launch.wide(
+        padded, prod(g.y_shape) * 2 + margin, prod(g.w_shape)
+    )
+
+
+def frames_per_walk(p: Pass, programs: int) -> int:
+    """Steps of a program: few enough programs split the walk, so that all processors work."""
+    stream, steps, *_ = p.stream()
+    frames = steps
+    wanted = p.options.get("frames")
+    if wanted:
+        return min(steps, wanted)
+    while programs * stream.residues * -(-steps // frames) < 4 * PROCESSORS and frames > max(
+        1, 2 * stream.ring - 2
+    ):
+        frames = -(-frames // 2)
+    return frames
+
+
+def strides(shape: tuple[int, ...], channels_last: bool) -> tuple[int, ...]:
+    """Elements between neighbours along (N, C, T, H, W) of a dense array."""
+    n, c, t, h, w = shape
+    if channels_last:
+        return (t * h * w * c, 1, h * w * c, w * c, c)
+    return (c * t * h * w, t * h * w, h * w, w, 1)
+
+
+def kernel_launch(p: Pass, arrays: tuple[str, ...]) -> launch.Launch:
+    """The launch of a pass.
+
+    arrays  names of what is read, the weights, the bias, the residual and what is written
+    """
+    b = blocks(p)
+    s = structure(p, b)
+    _, rows, in_h, out_h = p.axis(1, b.rows)
+    _, columns, in_w, out_w = p.axis(2, b.columns)
+    stream, steps, in_t, out_t = p.stream()
+    n, channels = p.written_shape[:2]
+    vectors = channels // b.vector
+    units = n * vectors * rows * columns
+    lane_blocks = -(-units // b.lanes)
+    frames = frames_per_walk(p, lane_blocks)
+    chunks = stream.residues * -(-steps // frames)
+    constants = {
+        "G": b.lanes,
+        "ACTIVATION": "none" if p.backward else p.plan.epilogue.activation,
+        "HAS_BIAS": s.bias,
+        "HAS_RESIDUAL": s.residual,
+    }
+    return launch.Launch(
+        kernel=emit.kernel(depthwise_source.source(s), depthwise_source.INTEGERS),
+        programs=lane_blocks * chunks,
+        arrays=arrays,
+        scalars=(
+            *(units, chunks, frames, p.multiplier, vectors, columns, rows),
+            *p.read_shape[2:],
+            *p.written_shape[2:],
+            *(in_t, in_h, in_w, out_t, out_h, out_w),
+            *(e // b.vector for e in strides(p.read_shape, p.channels_last)),
+            *(e // b.vector for e in strides(p.written_shape, p.channels_last)),
+        ),
+        constants=tuple(constants.items()),
+        warps=b.warps,
+    )
