@@ -192,8 +192,8 @@ def contiguous(cut: Lanes) -> str:
     for f, times in reached(cut.times, kt, st, dt).items():
         body += [
             f"here = ok & (frame + {f} >= 0) & (frame + {f} < in_t)",
-            f"at = x_first + (j * in_t + frame + {f}) * in_h * in_w",
-            "x = tl.load(at + pixel, mask=here, other=0.0).to(tl.float32)",
+            f"x_at = x_first + (j * in_t + frame + {f}) * in_h * in_w",
+            "x = tl.load(x_at + pixel, mask=here, other=0.0).to(tl.float32)",
         ]
         body += [f"z{t}_{k} += x * f{a}_{k}" for t, a in times for k in range(count)]
     lines += [
