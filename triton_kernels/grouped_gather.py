@@ -116,6 +116,12 @@ class Gather:
         )
 
     @property
+    def flat(self) -> bool:
+        """Whether an output reads the one pixel that has its own number."""
+        plain = self.taps == 1 and max(*self.stride, *self.divisor) == 1
+        return plain and self.in_size == self.out_size and self.before == (0, 0, 0)
+
+    @property
     def sizes(self) -> tuple[int, ...]:
         """The integers behind the pointers of every kernel here."""
         channels = (self.in_channels, self.out_channels)

@@ -34,12 +34,12 @@ def _sum(
     VT: tl.constexpr, VH: tl.constexpr, VW: tl.constexpr,
     GT: tl.constexpr, CG: tl.constexpr, CI_BLOCKS: tl.constexpr, ALONE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_CI: tl.constexpr, BLOCK_CO: tl.constexpr,
-    LAST: tl.constexpr, PADDED: tl.constexpr, RAGGED: tl.constexpr, ALIGN: tl.constexpr,
-    PRECISION: tl.constexpr, WIDENED: tl.constexpr,
+    LAST: tl.constexpr, PADDED: tl.constexpr, FLAT: tl.constexpr, RAGGED: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr, WIDENED: tl.constexpr,
 ):  # fmt: skip
     """The sums of one tile in float32, (pixels, outputs) if LAST, else (outputs, pixels).
 
-    n, t, h, w  of the pixels, (pixels,), where tap 0 reads
+    n, t, h, w  of the pixels, (pixels,), where tap 0 reads; if FLAT, w is the offset of the pixel
     group       of the tile, the only one that is read if ALONE
     first       channel of the tile
     """
@@ -49,10 +49,14 @@ def _sum(
         acc = tl.zeros((BLOCK_CO, BLOCK_P), tl.float32)
     row = tl.arange(0, BLOCK_CI)
     co = tl.arange(0, BLOCK_CO)
+    channels = in_channels // ALIGN * ALIGN  # the same number, and the compiler sees it divisible
     frames = in_t
     if not LAST:
         frames *= in_channels
-    start = ((n * frames + t) * in_h + h) * in_w + w
+    if FLAT:
+        start = w
+    else:
+        start = ((n * frames + t) * in_h + h) * in_w + w
     for step in range(KT * KH * KW * CI_BLOCKS):
         tap = step // CI_BLOCKS
         c = step % CI_BLOCKS * BLOCK_CI + row
@@ -79,7 +83,7 @@ def _sum(
             real = real & (first + c < in_channels)
         w_at = w_ptr + step * (BLOCK_CI * BLOCK_CO)
         if LAST:
-            offset = tl.multiple_of(pixel * in_channels + first, ALIGN)
+            offset = pixel * channels + first
             at = x_ptr + (offset[:, None] + c[None, :])
             if GT * CG == CI_BLOCKS * BLOCK_CI and not RAGGED and not ALONE:
                 x = tl.load(at, mask=ok[:, None], other=0.0)
@@ -111,7 +115,8 @@ def grouped_tiles(
     VT: tl.constexpr, VH: tl.constexpr, VW: tl.constexpr,
     GT: tl.constexpr, CG: tl.constexpr, KG: tl.constexpr, PARTS: tl.constexpr,
     CI_BLOCKS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_CI: tl.constexpr, BLOCK_CO: tl.constexpr,
-    LAST: tl.constexpr, PADDED: tl.constexpr, RAGGED: tl.constexpr, ALIGN: tl.constexpr,
+    LAST: tl.constexpr, PADDED: tl.constexpr, FLAT: tl.constexpr, RAGGED: tl.constexpr,
+    ALIGN: tl.constexpr, ALIGN_Y: tl.constexpr,
     PRECISION: tl.constexpr, WIDENED: tl.constexpr, WIDE: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
@@ -123,24 +128,30 @@ def grouped_tiles(
         block, first, tile = block.to(tl.int64), first.to(tl.int64), tile.to(tl.int64)
     q = block * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = q < pixels
-    w = q % out_w * SW - before_w
-    h = q // out_w % out_h * SH - before_h
-    t = q // (out_w * out_h) % out_t * ST - before_t
-    n = q // (out_w * out_h * out_t)
+    volume = out_t * out_h * out_w
+    n = q // volume
+    if FLAT:
+        t, h, w = n, n, q
+        if not LAST:
+            w += n * volume * (in_channels - 1)
+    else:
+        w = q % out_w * SW - before_w
+        h = q // out_w % out_h * SH - before_h
+        t = q // (out_w * out_h) % out_t * ST - before_t
     w_ptr += tile * (KT * KH * KW * CI_BLOCKS * BLOCK_CI * BLOCK_CO)
     co = tile % PARTS * BLOCK_CO + tl.arange(0, BLOCK_CO)
     k = tile // PARTS * (GT * KG) + co
     real = (co < GT * KG) & (k < out_channels)
     z = _sum(x_ptr, w_ptr, n, t, h, w, inside, 0, first, in_t, in_h, in_w, in_channels,
              KT, KH, KW, DT, DH, DW, VT, VH, VW, GT, CG, CI_BLOCKS, False, BLOCK_P, BLOCK_CI,
-             BLOCK_CO, LAST, PADDED, RAGGED, ALIGN, PRECISION, WIDENED)  # fmt: skip
+             BLOCK_CO, LAST, PADDED, FLAT, RAGGED, ALIGN, PRECISION, WIDENED)  # fmt: skip
     if GT > 1:
         if tl.max(tl.max((z != z).to(tl.int32), 1), 0) > 0:
             for group in range(GT):
                 own = _sum(x_ptr, w_ptr, n, t, h, w, inside, group, first, in_t, in_h, in_w,
                            in_channels, KT, KH, KW, DT, DH, DW, VT, VH, VW, GT, CG, CI_BLOCKS,
-                           True, BLOCK_P, BLOCK_CI, BLOCK_CO, LAST, PADDED, RAGGED, ALIGN,
-                           PRECISION, WIDENED)  # fmt: skip
+                           True, BLOCK_P, BLOCK_CI, BLOCK_CO, LAST, PADDED, FLAT, RAGGED,
+                           ALIGN, PRECISION, WIDENED)  # fmt: skip
                 if LAST:
                     z = tl.where((co // KG == group)[None, :], own, z)
                 else:
@@ -148,12 +159,11 @@ def grouped_tiles(
     if LAST:
         if HAS_BIAS:
             z += tl.load(bias_ptr + k, mask=real, other=0.0).to(tl.float32)[None, :]
-        offsets = (q * out_channels)[:, None] + k[None, :]
+        offsets = (q * (out_channels // ALIGN_Y * ALIGN_Y))[:, None] + k[None, :]
         mask = inside[:, None] & real[None, :]
     else:
         if HAS_BIAS:
             z += tl.load(bias_ptr + k, mask=real, other=0.0).to(tl.float32)[:, None]
-        volume = out_t * out_h * out_w
         offsets = (k * volume)[:, None] + (q + n * volume * (out_channels - 1))[None, :]
         mask = real[:, None] & inside[None, :]
     finish.store(y_ptr, residual_ptr, offsets, z, mask, ACTIVATION, HAS_RESIDUAL)
@@ -206,8 +216,10 @@ class Tiles:
             ("BLOCK_CO", self.outputs),
             ("LAST", self.last),
             ("PADDED", g.padded),
+            ("FLAT", g.flat),
             ("RAGGED", g.groups % self.each != 0),
             ("ALIGN", gcd(g.in_channels, channels, 16)),
+            ("ALIGN_Y", gcd(g.out_channels, 16)),
             ("PRECISION", self.precision),
             ("WIDENED", self.dtype == "bfloat16" and interpreted()),
             ("WIDE", g.wide or wide_packed(size)),
@@ -236,17 +248,19 @@ def cut(
     """The tiles of a gather; options: 'each', 'pixels', 'inputs', 'outputs', 'warps', 'stages'."""
     g, given = gather, dict(options)
     each = given.get("each") or _groups_of_a_tile(g)
-    inputs = given.get("inputs", 32 if dtype == "float32" else 64)
+    # Contiguous, every element that is gathered has an address of its own in a register.
+    gathers = not last and not g.flat
+    inputs = given.get("inputs", 32 if dtype == "float32" or gathers else 64)
     inputs = max(16, min(inputs, power_of_two(each * g.inputs)))
     outputs = max(16, min(given.get("outputs", 128), power_of_two(each * g.outputs)))
-    pixels = given.get("pixels", 128)
+    pixels = given.get("pixels", 64 if gathers else 128)
     if "outputs" not in given:
         while outputs > 64 and _programs(g, each, pixels, outputs) < PROGRAMS:
             outputs //= 2
     if "pixels" not in given:
         while pixels > 32 and _programs(g, each, pixels, outputs) < PROGRAMS:
             pixels //= 2
-    large = pixels * outputs >= 128 * 128
+    large = pixels * outputs >= 128 * (64 if dtype == "float32" else 128)
     return Tiles(
         g,
         dtype,

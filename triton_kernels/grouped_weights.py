@@ -54,9 +54,11 @@ def grouped_weight_sums(
     real_c = (tap < KT * KH * KW) & (c < GT * CG) & (first + c < in_channels)
     dt, dh, dw = tap // (KH * KW) * DT, tap // KW % KH * DH, tap % KW * DW
     out_volume, in_volume = out_t * out_h * out_w, in_t * in_h * in_w
+    # The same numbers, and the compiler sees what divides them.
+    inputs, outputs = in_channels // ALIGN_X * ALIGN_X, out_channels // ALIGN_Y * ALIGN_Y
     shift = (dt * in_h + dh) * in_w + dw
     if LAST:
-        shift = tl.multiple_of(shift * in_channels, ALIGN_X)
+        shift *= inputs
     else:
         shift += (first + c) * in_volume
     acc = tl.zeros((BLOCK_CO, BLOCK_N), tl.float32)
@@ -68,10 +70,9 @@ def grouped_weight_sums(
         t = q // (out_w * out_h) % out_t * ST - before_t
         n = q // out_volume
         if LAST:
-            y_at = tl.multiple_of(q * out_channels + tile // PARTS * (GT * KG), ALIGN_Y)
-            y_at = y_at[None, :] + co[:, None]
+            y_at = (q * outputs)[None, :] + k[:, None]
             pixel = ((n * in_t + t) * in_h + h) * in_w + w
-            base = tl.multiple_of(pixel * in_channels + first, ALIGN_X)
+            base = pixel * inputs + first
             x_at = base[:, None] + shift[None, :] + c[None, :]
             f, g, e = t[:, None] + dt[None, :], h[:, None] + dh[None, :], w[:, None] + dw[None, :]
             ok = inside[:, None] & real_c[None, :]
@@ -191,9 +192,9 @@ def cut(
     each = max(1, min(16 // g.inputs, 16 // g.outputs, g.groups))
     inputs = max(16, min(64, power_of_two(each * g.inputs)))
     outputs = max(16, min(64, power_of_two(each * g.outputs)))
-    columns = given.get("weight_columns", 128)
+    columns = given.get("weight_columns", 128 if last else 64)
     columns = max(inputs, min(columns, power_of_two(g.taps * inputs)))
-    pixels = given.get("weight_pixels", 32 if dtype == "float32" else 64)
+    pixels = given.get("weight_pixels", 32 if dtype == "float32" or not last else 64)
     parts = -(-each * g.outputs // outputs)
     programs = -(-g.groups // each) * parts * -(-each * g.inputs // inputs)
     programs *= -(-g.taps * inputs // columns)
