@@ -186,8 +186,6 @@ def _direct(s: Schedule) -> Launch:
 def _products(s: Schedule, chunk: Chunk) -> Launch:
     pixels = chunk.rows * s.axes[2].count
     before, behind = s.frames
-    v_pixel, v_channel = _steps(s, s.v_rows(chunk), s.depth)
-    m_pixel, m_channel = _steps(s, s.m_rows(chunk), s.m_columns)
     tiles = s.axes[0].count
     if s.fused:
         frames, pad = (before, behind), s.axes[0].pad
@@ -195,15 +193,11 @@ def _products(s: Schedule, chunk: Chunk) -> Launch:
         pixels, frames, pad, tiles = pixels * before, (1, 1), 0, 1
     rows = chunk.images * tiles * pixels
     scalars = (s.m_start(chunk), rows, tiles, pixels, 1, frames[0], pixels, 1, pad, 0, 0, 1, 1)
-    scalars += (frames[0] * pixels * v_pixel, pixels * v_pixel, v_pixel, 0, v_channel, frames[1])
-    scalars += (frames[1] * pixels * m_pixel, pixels * m_pixel, m_pixel, 0, m_channel)
+    v_plane, m_plane = pixels * s.depth, pixels * s.m_columns
+    scalars += (frames[0] * v_plane, v_plane, s.depth, 0, 1, frames[1])
+    scalars += (frames[1] * m_plane, m_plane, s.m_columns, 0, 1)
     scalars += (s.depth, s.m_columns, s.v_point(chunk), s.m_point(chunk))
     return _product_launch(s, ("workspace", "packed", "workspace"), rows, scalars, True)
-
-
-def _steps(s: Schedule, rows: int, channels: int) -> tuple[int, int]:
-    """Distance of two rows and of two channels in V or M."""
-    return (channels, 1) if s.last else (1, s.pitch(rows))
 
 
 def _inputs(s: Schedule, chunk: Chunk) -> list[Launch]:
@@ -212,7 +206,7 @@ def _inputs(s: Schedule, chunk: Chunk) -> list[Launch]:
     scalars = (rows, s.frames[0], chunk.rows, order[2].count, chunk.first_image, chunk.first_row)
     scalars += (*(a.size for a in order), *(a.pad for a in order), s.phase_depth)
     scalars += (s.geometry.in_channels, s.x_image, *(a.x_step for a in order), s.x_channel)
-    scalars += (s.v_point(chunk), *_steps(s, rows, s.depth))
+    scalars += (s.v_point(chunk), s.depth)
     block, channels = _block(s, prod(a.alpha for a in order[1:]), s.phase_depth)
     constants = {"R": block, "CB": channels, "WIDE": _wide(s)}
     programs = -(-rows // block) * -(-s.phase_depth // channels) * s.phases
@@ -234,7 +228,7 @@ def _outputs(s: Schedule, chunk: Chunk) -> list[Launch]:
     scalars = (s.m_start(chunk), rows, s.frames[1], chunk.rows, order[2].count)
     scalars += (chunk.first_image, chunk.first_row, *(a.out for a in order), s.m_columns)
     scalars += (s.geometry.out_channels, s.y_image, *(a.y_step for a in order), s.y_channel)
-    scalars += (s.m_point(chunk), *_steps(s, rows, s.m_columns))
+    scalars += (s.m_point(chunk), s.m_columns)
     block, channels = _block(s, prod(a.alpha for a in order[1:]), s.m_columns)
     constants = {"R": block, "CB": channels, "WIDE": _wide(s)}
     constants.update(epilogue_constants(s.plan.epilogue))
@@ -258,8 +252,8 @@ def _block(s: Schedule, values: int, channels: int) -> tuple[int, int]:
     lanes = min(32 * vector, power_of_two(channels))
     if s.last:
         return elements // lanes, lanes
-    side = min(channels & -channels, 4)
-    return elements // side, side
+    # Lanes along tiles read x; V is written along channels, by a turn in shared memory.
+    return elements // 16, 16
 
 
 def _wide(s: Schedule) -> bool:

@@ -14,6 +14,7 @@ from ..transforms import Transform, transform
 from .launch import power_of_two
 
 MOST_SUMS = 6  # accumulators of a product: more points on its axis do not fit the registers
+MEGABYTE = 1 << 20
 ITEM = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -122,15 +123,12 @@ class Schedule:
         return chunk.images * self.frames[1] * chunk.rows * self.axes[2].count
 
     def v_point(self, chunk: Chunk) -> int:
-        """Elements of V at one point: rows x depth, or depth x rows padded for whole vectors."""
-        return self.depth * self.pitch(self.v_rows(chunk))
+        """Elements of V at one point: rows x depth."""
+        return self.v_rows(chunk) * self.depth
 
     def m_point(self, chunk: Chunk) -> int:
-        """Numbers of M at one point."""
-        return self.m_columns * self.pitch(self.m_rows(chunk))
-
-    def pitch(self, rows: int) -> int:
-        return rows if self.last else -(-rows // 16) * 16
+        """Numbers of M at one point: rows x m_columns."""
+        return self.m_rows(chunk) * self.m_columns
 
     @cached_property
     def chunks(self) -> tuple[Chunk, ...]:
@@ -140,7 +138,7 @@ class Schedule:
             return (Chunk(0, batch, 0, rows),)
         one = Chunk(0, 1, 0, 1)
         row_bytes = ITEM[self.plan.dtype] * self.elements(one)
-        fitting = max(1, (self.plan.options.get("chunk", 256) << 20) // row_bytes)
+        fitting = max(1, self.plan.options.get("chunk", 256) * MEGABYTE // row_bytes)
         return tuple(_chunks(batch, rows, fitting))
 
     def elements(self, chunk: Chunk) -> int:

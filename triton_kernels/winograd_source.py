@@ -89,7 +89,7 @@ def input_source(
     return f"""def winograd_input(
     x_ptr, v_ptr, rows, D0, D1, D2, first_image, first_row,
     size0, size1, size2, pad0, pad1, pad2, CHANNELS, C, x_image, x0, x1, x2, x_channel,
-    v_point, v_row, v_channel,
+    v_point, v_row,
     R: tl.constexpr, CB: tl.constexpr, WIDE: tl.constexpr,
 ):{_ROWS}
     phase = pid % {prod(phases)}
@@ -99,7 +99,7 @@ def input_source(
     step = (channel * x_channel){channels}
     known = (channel < C){channels}
     kept = inside{lead} & (channel < CHANNELS){channels}
-    at = (p * v_row){lead} + ((phase * CHANNELS + channel) * v_channel){channels}
+    at = (p * v_row){lead} + (phase * CHANNELS + channel){channels}
     v_step = tl.cast(v_point, tl.int64)
 {indented(body)}
 """
@@ -143,7 +143,7 @@ def output_source(transforms: tuple[Transform, ...], fused: bool, last: bool, ou
         ]
     return f"""def winograd_output(
     m_ptr, bias_ptr, residual_ptr, y_ptr, m_start, rows, D0, D1, D2, first_image, first_row,
-    out0, out1, out2, CHANNELS, K, y_image, y0, y1, y2, y_channel, m_point, m_row, m_channel,
+    out0, out1, out2, CHANNELS, K, y_image, y0, y1, y2, y_channel, m_point, m_row,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
     R: tl.constexpr, CB: tl.constexpr, WIDE: tl.constexpr,
 ):{_ROWS}{_DECODED}
@@ -151,7 +151,7 @@ def output_source(transforms: tuple[Transform, ...], fused: bool, last: bool, ou
     step = (channel * y_channel){channels}
     known = (channel < K){channels}
     kept = inside{lead} & (channel < CHANNELS){channels}
-    at = (p * m_row){lead} + (channel * m_channel){channels}
+    at = (p * m_row){lead} + channel{channels}
     m_step = tl.cast(m_point, tl.int64)
     shift = 0.0
     if HAS_BIAS:
