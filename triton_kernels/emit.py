@@ -20,6 +20,26 @@ from ..programs import Program
 from . import finish
 
 
+def _let_scalars_bound_loops() -> None:
+    """Let `range` take run-time integers in Triton's interpreter, which holds them as arrays.
+
+    Triton 3.6 converts them by `int(array)`, which NumPy 2.4 refuses for arrays of one axis.
+    """
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patched
+
+
+if triton.knobs.runtime.interpret:
+    _let_scalars_bound_loops()
+
+
 @lru_cache(maxsize=1024)
 def kernel(source: str) -> Any:
     """The @triton.jit function whose text this is, `def name(...): ...`; equal texts share it.
