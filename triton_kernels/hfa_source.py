@@ -1,0 +1,215 @@
+"""Kernel texts of the fully separable block: what is written out per taps, stride and tile."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from ..transforms import Transform
+from .emit import indented, transformed
+
+UNROLLED_TAPS = 49  # of a depthwise window; the rows of larger ones are a loop at run time
+
+_TEMPORAL = """\
+def hfa_temporal_kernel(
+    x_ptr, u_ptr, bias_ptr, z_ptr,
+    rows, tiles, frames, out_frames, area, before, C, M, x_n, x_c, x_t, x_p,
+    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_CI: tl.constexpr,
+    BLOCK_CO: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    if WIDE:
+        pid = pid.to(tl.int64)
+    blocks = tl.cdiv(M, BLOCK_CO)
+    row = pid // blocks * BLOCK_P + tl.arange(0, BLOCK_P)
+    co = pid % blocks * BLOCK_CO + tl.arange(0, BLOCK_CO)
+    # A row is a pixel of a tile of {outputs} frames: rows (N, tiles, area).
+    pixel = row % area
+    tile = row // area % tiles
+    n = row // area // tiles
+    first = tile * {step} - before
+    inside = row < rows
+    x_row = n * x_n + first * x_t + pixel * x_p
+    u_points = u_ptr + co[None, :] * C
+{zeros}
+    for c0 in range(0, C, BLOCK_CI):
+        c = c0 + tl.arange(0, BLOCK_CI)
+        if WIDE:
+            c = c.to(tl.int64)
+        x_at = x_ptr + x_row{rows} + c{columns} * x_c
+        u_at = u_points + c[:, None]
+        u_mask = (c < C)[:, None] & (co < M)[None, :]
+{products}
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + co, mask=co < M, other=0.0).to(tl.float32)[None, :]
+    else:
+        bias = tl.zeros((1, BLOCK_CO), tl.float32)
+    frame = tile * {outputs}
+    z_at = z_ptr + ((n * out_frames + frame) * area + pixel)[:, None] * M + co[None, :]
+    z_mask = inside[:, None] & (co < M)[None, :]
+{results}
+"""
+
+
+@lru_cache(maxsize=256)
+def temporal(t: Transform, outputs: int, taps: int, stride: int, last: bool) -> str:
+    """The temporal stage: per tile `outputs` frames, by F(m, r) per phase if t saves products.
+
+    outputs  t.m, or any number of frames that share inputs where the stage is direct
+    last     whether x is channels last
+
+    Frames are loaded once per tile and block of channels, transformed in float32, and multiplied
+    by U; the products of all tiles stay in registers until the inverse transform.
+    """
+    rows, columns = ("[:, None]", "[None, :]") if last else ("[None, :]", "[:, None]")
+    fast = saves(t)
+    names = [f"m{j}" for j in range(t.alpha if fast else outputs)]
+    products = (
+        _fast_products(t, taps, stride, rows, columns)
+        if fast
+        else _direct_products(outputs, taps, stride, rows, columns)
+    )
+    frames = [f"z{i}" for i in range(outputs)]
+    results = (
+        transformed(t.output_program, names, frames, "s")
+        if fast
+        else [f"{z} = {m}" for z, m in zip(frames, names, strict=True)]
+    )
+    for i in range(outputs):
+        results += [
+            f"z{i} = activate(z{i} + bias, ACTIVATION).to(z_ptr.dtype.element_ty)",
+            f"tl.store(z_at + {i} * area * M, z{i}, "
+            f"mask=z_mask & (frame + {i} < out_frames)[:, None])",
+        ]
+    return _TEMPORAL.format(
+        outputs=outputs,
+        step=outputs * stride,
+        rows=rows,
+        columns=columns,
+        zeros=indented([f"{name} = tl.zeros((BLOCK_P, BLOCK_CO), tl.float32)" for name in names]),
+        products=indented(products, 2),
+        results=indented(results),
+    )
+
+
+def saves(t: Transform) -> bool:
+    """Whether F(m, r) is more than a direct sum in another order."""
+    return t.m > 1 and t.r > 1
+
+
+def _frame(name: str, at: int, rows: str, columns: str) -> list[str]:
+    """Load a frame of the tile as (BLOCK_P, BLOCK_CI), zero outside of x."""
+    lines = [
+        f"in_{name} = inside & (first + {at} >= 0) & (first + {at} < frames)",
+        f"{name} = tl.load(x_at + {at} * x_t, mask=in_{name}{rows} & (c < C){columns}, other=0.0)",
+    ]
+    return lines if rows == "[:, None]" else [*lines, f"{name} = tl.trans({name})"]
+
+
+def _product(name: str, operand: str) -> str:
+    return f"{name} = tl.dot({operand}, u, {name}, input_precision=PRECISION)"
+
+
+def _weights(point: int) -> str:
+    return f"u = tl.load(u_at + {point} * M * C, mask=u_mask, other=0.0)"
+
+
+def _fast_products(t: Transform, taps: int, stride: int, rows: str, columns: str) -> list[str]:
+    """M += V U for every point; phases of a strided stage are further channels."""
+    lines = []
+    for phase in range(min(stride, taps)):
+        frames = [f"d{j}" for j in range(t.alpha)]
+        for j, name in enumerate(frames):
+            lines += _frame(name, j * stride + phase, rows, columns)
+            lines.append(f"{name} = {name}.to(tl.float32)")
+        points = [f"v{j}" for j in range(t.alpha)]
+        lines += transformed(t.input_program, frames, points, "t")
+        for j, name in enumerate(points):
+            lines.append(_weights(phase * t.alpha + j))
+            lines.append(_product(f"m{j}", f"{name}.to(x_ptr.dtype.element_ty)"))
+    return lines
+
+
+def _direct_products(outputs: int, taps: int, stride: int, rows: str, columns: str) -> list[str]:
+    """Every tap's weights once, for all outputs of the tile."""
+    lines = []
+    for at in sorted({i * stride + k for i in range(outputs) for k in range(taps)}):
+        lines += _frame(f"d{at}", at, rows, columns)
+    for k in range(taps):
+        lines.append(_weights(k))
+        lines += [_product(f"m{i}", f"d{i * stride + k}") for i in range(outputs)]
+    return lines
+
+
+_SPATIAL = """\
+def hfa_spatial_kernel(
+    z_ptr, w_ptr, v_ptr, inner_ptr, bias_ptr, residual_ptr, y_ptr,
+    rows, out_height, out_width, height, width, above, left, M, K, y_k,
+    HAS_INNER: tl.constexpr, INNER: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_CI: tl.constexpr, BLOCK_CO: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    if WIDE:
+        pid = pid.to(tl.int64)
+    blocks = tl.cdiv(K, BLOCK_CO)
+    row = pid // blocks * BLOCK_P + tl.arange(0, BLOCK_P)
+    co = pid % blocks * BLOCK_CO + tl.arange(0, BLOCK_CO)
+    # A row is an output pixel: rows (N, T, OH, OW); z is (N, T, H, W, M).
+    top = row // out_width % out_height * {down} - above
+    west = row % out_width * {across} - left
+    image = row // out_width // out_height
+    inside = row < rows
+    z_row = ((image * height + top) * width + west) * M
+    total = tl.zeros((BLOCK_P, BLOCK_CO), tl.float32)
+    for c0 in range(0, M, BLOCK_CI):
+        c = c0 + tl.arange(0, BLOCK_CI)
+        z_at = z_ptr + z_row[:, None] + c[None, :]
+        a = tl.zeros((BLOCK_P, BLOCK_CI), tl.float32)
+        if HAS_INNER:
+            a += tl.load(inner_ptr + c, mask=c < M, other=0.0).to(tl.float32)[None, :]
+        for r in {range}({high}):
+            in_row = inside & (top + r >= 0) & (top + r < height)
+            for s in tl.static_range({wide}):
+                in_image = in_row & (west + s >= 0) & (west + s < width)
+                mask = in_image[:, None] & (c < M)[None, :]
+                z = tl.load(z_at + (r * width + s) * M, mask=mask, other=0.0)
+                w = tl.load(w_ptr + (r * {wide} + s) * M + c, mask=c < M, other=0.0)
+                a += z.to(tl.float32) * w.to(tl.float32)[None, :]
+        a = activate(a, INNER).to(z_ptr.dtype.element_ty)
+        v_mask = (c < M)[:, None] & (co < K)[None, :]
+        v = tl.load(v_ptr + c[:, None] + co[None, :] * M, mask=v_mask, other=0.0)
+        total = tl.dot(a, v, total, input_precision=PRECISION)
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + co, mask=co < K, other=0.0).to(tl.float32)[None, :]
+    if WIDE:
+        co = co.to(tl.int64)
+{store}
+"""
+
+# y in the order of its rows, or with its pixels apart: (N, K, T * OH * OW).
+_CHANNELS_LAST = """\
+    y_at = row[:, None] * K + co[None, :]
+    y_mask = inside[:, None] & (co < K)[None, :]
+    store(y_ptr, residual_ptr, y_at, total, y_mask, ACTIVATION, HAS_RESIDUAL)"""
+_CONTIGUOUS = """\
+    y_at = (row // y_k * K * y_k + row % y_k)[None, :] + co[:, None] * y_k
+    y_mask = inside[None, :] & (co < K)[:, None]
+    store(y_ptr, residual_ptr, y_at, tl.trans(total), y_mask, ACTIVATION, HAS_RESIDUAL)"""
+
+
+@lru_cache(maxsize=256)
+def spatial(taps: tuple[int, int], stride: tuple[int, int], last: bool) -> str:
+    """The depthwise stage, computed as the operand of the pointwise product.
+
+    last  whether y is channels last
+    """
+    return _SPATIAL.format(
+        down=stride[0],
+        across=stride[1],
+        high=taps[0],
+        wide=taps[1],
+        range="tl.static_range" if taps[0] * taps[1] <= UNROLLED_TAPS else "range",
+        store=_CHANNELS_LAST if last else _CONTIGUOUS,
+    )
