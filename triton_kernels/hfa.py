@@ -36,7 +36,7 @@ CONFIGS: tuple[dict[str, int], ...] = (
     {"s_warps": 8},
 )
 MOST_POINTS = 12  # of a tile in time: products of all of them stay in registers
-DIRECT_FRAMES = 4  # that share inputs where the temporal stage is direct
+DIRECT_FRAMES = 1  # that share inputs where the temporal stage is direct
 
 
 def supports(
@@ -60,7 +60,8 @@ def prepack(weights: tuple[Any, Any, Any], plan: Plan) -> tuple[Tensor, Tensor, 
     """U of the temporal weights, taps of the depthwise ones, and the pointwise ones.
 
     weights: (M, C, KT, 1, 1), (M, 1, 1, KH, KW) and (K, M, 1, 1, 1)
-    Returns (phases * alpha, M, C), (KH * KW, M), (K, M).
+    Returns (phases * alpha, M, C), (KH * KW, M), (K, M); the first of them as two parts, the large
+    and the small one, where the plan splits its products.
     """
     wt, wd, wp = (launch.on_device(w, plan) for w in weights)
     time, taps = wt[:, :, :, 0, 0], wd.flatten(1)
@@ -68,6 +69,7 @@ def prepack(weights: tuple[Any, Any, Any], plan: Plan) -> tuple[Tensor, Tensor, 
     u = time.permute(2, 0, 1)
     if hfa_source.saves(t):
         u = _filter_transform(time, t, stride)
+        u = _two_parts(u) if _splits(plan) else u.to(time.dtype)
     return u.contiguous(), taps.t().contiguous(), wp.flatten(1).contiguous()
 
 
@@ -78,7 +80,24 @@ def _filter_transform(w: Tensor, t: Transform, stride: int) -> Tensor:
     padded = torch.nn.functional.pad(w.double(), (0, t.r * stride - w.shape[2]))
     by_phase = padded.reshape(*w.shape[:2], t.r, stride)[..., :phases]
     u = torch.einsum("ar,mcrp->pamc", g, by_phase)
-    return u.reshape(-1, *w.shape[:2]).to(w.dtype)
+    return u.reshape(-1, *w.shape[:2])
+
+
+def _splits(plan: Plan) -> bool:
+    """Whether products of transformed operands are three of TF32 parts, U split beforehand."""
+    return (
+        plan.options.get("split", 1) == 1
+        and hfa_source.saves(plan.transforms[0])
+        and plan.dtype == "float32"
+        and plan.precision != "tf32"
+    )
+
+
+def _two_parts(u: Tensor) -> Tensor:
+    """U (points, ...) in float64 as (2 * points, ...): rounded to TF32, then what is missing."""
+    bits = u.float().view(torch.int32)
+    large = ((bits + 4096) & -8192).view(torch.float32)
+    return torch.cat((large, (u - large).float()))
 
 
 def workspace_size(plan: Plan) -> int:
@@ -99,7 +118,7 @@ def _temporal(plan: Plan) -> Launch:
     fast = hfa_source.saves(t)
     last = plan.layout == CHANNELS_LAST
     area, out_frames = g.in_size[1] * g.in_size[2], g.out_size[0]
-    outputs = t.m if fast else min(DIRECT_FRAMES, out_frames)
+    outputs = t.m if fast else min(plan.options.get("t_frames", DIRECT_FRAMES), out_frames)
     tiles = -(-out_frames // outputs)
     rows = g.batch * tiles * area
     block = _temporal_block(plan, t.alpha if fast else outputs, rows)
@@ -111,7 +130,7 @@ def _temporal(plan: Plan) -> Launch:
     first, epilogue = plan.epilogue[0], launch.epilogue_constants(plan.epilogue[0])
     assert not first.residual
     return Launch(
-        kernel(hfa_source.temporal(t, outputs, g.kernel[0], g.stride[0], last)),
+        kernel(hfa_source.temporal(t, outputs, g.kernel[0], g.stride[0], last, _splits(plan))),
         -(-rows // block["BLOCK_P"]) * -(-g.out_channels // block["BLOCK_CO"]),
         ("x", "packed0", "bias0", "workspace"),
         (
@@ -121,7 +140,7 @@ def _temporal(plan: Plan) -> Launch:
         (
             *(pair for pair in epilogue if pair[0] != "HAS_RESIDUAL"),
             ("WIDE", launch.wide(padded, written)),
-            ("PRECISION", _precision(plan)),
+            ("PRECISION", "tf32" if _splits(plan) else _precision(plan)),
             *((name, n) for name, n in block.items() if name.startswith("BLOCK")),
         ),
         warps=block["warps"],
@@ -166,21 +185,27 @@ def _precision(plan: Plan) -> str:
 
 
 def _temporal_block(plan: Plan, accumulators: int, rows: int) -> dict[str, int]:
-    """Blocks of rows x output channels whose accumulators fit into registers."""
-    options = plan.options
-    channels = plan.geometry.temporal.out_channels
-    block_co = min(64, max(16, launch.power_of_two(channels)))
-    block_p = options.get("t_rows", 64)
-    while accumulators * block_p * block_co > 96 * 256 and block_co > 16:
+    """Blocks of rows x output channels whose accumulators fit into registers.
+
+    A warp multiplies 16 rows, so that no operand has to be in the registers of two.
+    """
+    options, temporal = plan.options, plan.geometry.temporal
+    single = plan.dtype == "float32"
+    block_p = options.get("t_rows", 64 if single else 128)
+    warps = options.get("t_warps", max(4, block_p // 16))
+    room = 96 if single and accumulators > 1 else 128  # accumulators of a thread
+    most = room * 32 * warps // (accumulators * block_p)
+    block_co = min(128, max(16, launch.power_of_two(temporal.out_channels)))
+    while block_co > max(16, most) or (single and block_co > 64):
         block_co //= 2
-    size = accumulators * block_p * block_co
-    deep = 32 if plan.dtype == "float32" else 64
-    block_ci = min(deep, max(16, launch.power_of_two(plan.geometry.temporal.in_channels)))
+    deep = 16 if single and accumulators > 1 else 32
     return {
         "BLOCK_P": block_p,
-        "BLOCK_CI": block_ci,
-        "BLOCK_CO": block_co,
-        "warps": options.get("t_warps", 8 if size > 64 * 128 else 4),
+        "BLOCK_CI": options.get(
+            "t_ci", min(deep, max(16, launch.power_of_two(temporal.in_channels)))
+        ),
+        "BLOCK_CO": options.get("t_co", block_co),
+        "warps": warps,
         "stages": options.get("t_stages", 2),
     }
 
@@ -191,7 +216,7 @@ def _spatial_block(plan: Plan, rows: int) -> dict[str, int]:
     pointwise = plan.geometry.pointwise
     block_co = min(256, max(16, launch.power_of_two(pointwise.out_channels)))
     block_p = options.get("s_rows", 64)
-    block_ci = min(32, max(16, launch.power_of_two(pointwise.in_channels)))
+    block_ci = options.get("s_ci", min(32, max(16, launch.power_of_two(pointwise.in_channels))))
     return {
         "BLOCK_P": block_p,
         "BLOCK_CI": block_ci,

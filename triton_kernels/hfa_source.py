@@ -7,8 +7,6 @@ from functools import lru_cache
 from ..transforms import Transform
 from .emit import indented, transformed
 
-UNROLLED_TAPS = 49  # of a depthwise window; the rows of larger ones are a loop at run time
-
 _TEMPORAL = """\
 def hfa_temporal_kernel(
     x_ptr, u_ptr, bias_ptr, z_ptr,
@@ -52,11 +50,12 @@ def hfa_temporal_kernel(
 
 
 @lru_cache(maxsize=256)
-def temporal(t: Transform, outputs: int, taps: int, stride: int, last: bool) -> str:
+def temporal(t: Transform, outputs: int, taps: int, stride: int, last: bool, split: bool) -> str:
     """The temporal stage: per tile `outputs` frames, by F(m, r) per phase if t saves products.
 
     outputs  t.m, or any number of frames that share inputs where the stage is direct
     last     whether x is channels last
+    split    whether U comes as two TF32 parts, all large ones first, and products are three
 
     Frames are loaded once per tile and block of channels, transformed in float32, and multiplied
     by U; the products of all tiles stay in registers until the inverse transform.
@@ -65,7 +64,7 @@ def temporal(t: Transform, outputs: int, taps: int, stride: int, last: bool) -> 
     fast = saves(t)
     names = [f"m{j}" for j in range(t.alpha if fast else outputs)]
     products = (
-        _fast_products(t, taps, stride, rows, columns)
+        _fast_products(t, taps, stride, rows, columns, split)
         if fast
         else _direct_products(outputs, taps, stride, rows, columns)
     )
@@ -106,18 +105,35 @@ def _frame(name: str, at: int, rows: str, columns: str) -> list[str]:
     return lines if rows == "[:, None]" else [*lines, f"{name} = tl.trans({name})"]
 
 
-def _product(name: str, operand: str) -> str:
-    return f"{name} = tl.dot({operand}, u, {name}, input_precision=PRECISION)"
+def _product(name: str, operand: str, weights: str = "u") -> str:
+    return f"{name} = tl.dot({operand}, {weights}, {name}, input_precision=PRECISION)"
 
 
-def _weights(point: int) -> str:
-    return f"u = tl.load(u_at + {point} * M * C, mask=u_mask, other=0.0)"
+def _weights(point: int, name: str = "u") -> str:
+    return f"{name} = tl.load(u_at + {point} * M * C, mask=u_mask, other=0.0)"
 
 
-def _fast_products(t: Transform, taps: int, stride: int, rows: str, columns: str) -> list[str]:
+def _split_products(point: int, points: int, name: str, product: str) -> list[str]:
+    """V U as three products of TF32 parts, all but the one of both small ones."""
+    return [
+        _weights(point),
+        _weights(points + point, "small_u"),
+        # The 10 bits behind the leading one that TF32 has, and the rest.
+        f"large = ({name}.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)",
+        f"small = {name} - large",
+        _product(product, "small"),
+        _product(product, "large", "small_u"),
+        _product(product, "large"),
+    ]
+
+
+def _fast_products(
+    t: Transform, taps: int, stride: int, rows: str, columns: str, split: bool
+) -> list[str]:
     """M += V U for every point; phases of a strided stage are further channels."""
+    phases = min(stride, taps)
     lines = []
-    for phase in range(min(stride, taps)):
+    for phase in range(phases):
         frames = [f"d{j}" for j in range(t.alpha)]
         for j, name in enumerate(frames):
             lines += _frame(name, j * stride + phase, rows, columns)
@@ -125,6 +141,9 @@ def _fast_products(t: Transform, taps: int, stride: int, rows: str, columns: str
         points = [f"v{j}" for j in range(t.alpha)]
         lines += transformed(t.input_program, frames, points, "t")
         for j, name in enumerate(points):
+            if split:
+                lines += _split_products(phase * t.alpha + j, phases * t.alpha, name, f"m{j}")
+                continue
             lines.append(_weights(phase * t.alpha + j))
             lines.append(_product(f"m{j}", f"{name}.to(x_ptr.dtype.element_ty)"))
     return lines
@@ -169,7 +188,9 @@ def hfa_spatial_kernel(
         a = tl.zeros((BLOCK_P, BLOCK_CI), tl.float32)
         if HAS_INNER:
             a += tl.load(inner_ptr + c, mask=c < M, other=0.0).to(tl.float32)[None, :]
-        for r in {range}({high}):
+        # A loop at run time, of few steps: Triton would move the change of layout for the product
+        # in front of an unrolled sum, and send every tap through shared memory.
+        for r in range({high}):
             in_row = inside & (top + r >= 0) & (top + r < height)
             for s in tl.static_range({wide}):
                 in_image = in_row & (west + s >= 0) & (west + s < width)
@@ -210,6 +231,5 @@ def spatial(taps: tuple[int, int], stride: tuple[int, int], last: bool) -> str:
         across=stride[1],
         high=taps[0],
         wide=taps[1],
-        range="tl.static_range" if taps[0] * taps[1] <= UNROLLED_TAPS else "range",
         store=_CHANNELS_LAST if last else _CONTIGUOUS,
     )
