@@ -60,44 +60,39 @@ def prepack(weights: tuple[Any, Any, Any], plan: Plan) -> tuple[Tensor, Tensor, 
     """U of the temporal weights, taps of the depthwise ones, and the pointwise ones.
 
     weights: (M, C, KT, 1, 1), (M, 1, 1, KH, KW) and (K, M, 1, 1, 1)
-    Returns (phases * alpha, M, C), (KH * KW, M), (K, M); the first of them as two parts, the large
-    and the small one, where the plan splits its products.
+    Returns (points, M, C), (KH * KW, M), (1, K, M), points = phases * alpha; the first and the last
+    with all small parts behind all large ones where the plan splits its products.
     """
     wt, wd, wp = (launch.on_device(w, plan) for w in weights)
-    time, taps = wt[:, :, :, 0, 0], wd.flatten(1)
     t, stride = plan.transforms[0], plan.geometry.temporal.stride[0]
-    u = time.permute(2, 0, 1)
-    if hfa_source.saves(t):
-        u = _filter_transform(time, t, stride)
-        u = _two_parts(u) if _splits(plan) else u.to(time.dtype)
-    return u.contiguous(), taps.t().contiguous(), wp.flatten(1).contiguous()
+    time = wt.flatten(2).double()
+    fast = hfa_source.saves(t)
+    u = _filter_transform(time, t, stride) if fast else time.permute(2, 0, 1)
+    v = wp.flatten(1)[None].double()
+    u, v = ((_two_parts(a) if _splits(plan) else a.to(wt.dtype)) for a in (u, v))
+    return u.contiguous(), wd.flatten(1).t().contiguous(), v
 
 
 def _filter_transform(w: Tensor, t: Transform, stride: int) -> Tensor:
-    """U = G g of every phase, in float64: w (M, C, taps) -> (phases * alpha, M, C)."""
+    """U = G g of every phase: w (M, C, taps) -> (phases * alpha, M, C)."""
     g = torch.from_numpy(t.as_arrays(np.float64)[1]).to(w.device)
     phases = min(stride, w.shape[2])
-    padded = torch.nn.functional.pad(w.double(), (0, t.r * stride - w.shape[2]))
+    padded = torch.nn.functional.pad(w, (0, t.r * stride - w.shape[2]))
     by_phase = padded.reshape(*w.shape[:2], t.r, stride)[..., :phases]
-    u = torch.einsum("ar,mcrp->pamc", g, by_phase)
-    return u.reshape(-1, *w.shape[:2])
+    return torch.einsum("ar,mcrp->pamc", g, by_phase).reshape(-1, *w.shape[:2])
 
 
 def _splits(plan: Plan) -> bool:
-    """Whether products of transformed operands are three of TF32 parts, U split beforehand."""
-    return (
-        plan.options.get("split", 1) == 1
-        and hfa_source.saves(plan.transforms[0])
-        and plan.dtype == "float32"
-        and plan.precision != "tf32"
-    )
+    """Whether float32 products are three of TF32 parts: as good as IEEE, on tensor cores."""
+    return plan.dtype == "float32" and plan.precision != "tf32"
 
 
 def _two_parts(u: Tensor) -> Tensor:
     """U (points, ...) in float64 as (2 * points, ...): rounded to TF32, then what is missing."""
     bits = u.float().view(torch.int32)
     large = ((bits + 4096) & -8192).view(torch.float32)
-    return torch.cat((large, (u - large).float()))
+    small = torch.where(u.isfinite(), u - large, 0.0)
+    return torch.cat((large, small.float()))
 
 
 def workspace_size(plan: Plan) -> int:
@@ -140,7 +135,6 @@ def _temporal(plan: Plan) -> Launch:
         (
             *(pair for pair in epilogue if pair[0] != "HAS_RESIDUAL"),
             ("WIDE", launch.wide(padded, written)),
-            ("PRECISION", "tf32" if _splits(plan) else _precision(plan)),
             *((name, n) for name, n in block.items() if name.startswith("BLOCK")),
         ),
         warps=block["warps"],
@@ -157,7 +151,7 @@ def _spatial(plan: Plan) -> Launch:
     padded = g.batch * g.in_channels * prod(g.padded_size)
     written = (rows + block["BLOCK_P"]) * p.out_channels
     return Launch(
-        kernel(hfa_source.spatial(g.kernel[1:], g.stride[1:], last)),
+        kernel(hfa_source.spatial(g.kernel[1:], g.stride[1:], last, _splits(plan))),
         -(-rows // block["BLOCK_P"]) * -(-p.out_channels // block["BLOCK_CO"]),
         ("workspace", "packed1", "packed2", "bias1", "bias2", "residual", "y"),
         (
@@ -169,19 +163,11 @@ def _spatial(plan: Plan) -> Launch:
             ("INNER", inner.activation),
             *launch.epilogue_constants(plan.epilogue[2]),
             ("WIDE", launch.wide(padded, written)),
-            ("PRECISION", _precision(plan)),
             *((name, n) for name, n in block.items() if name.startswith("BLOCK")),
         ),
         warps=block["warps"],
         stages=block["stages"],
     )  # fmt: skip
-
-
-def _precision(plan: Plan) -> str:
-    """Of float32 products; three TF32 products come near IEEE and run on tensor cores."""
-    if plan.dtype != "float32" or plan.precision == "tf32":
-        return "tf32"
-    return "tf32x3"
 
 
 def _temporal_block(plan: Plan, accumulators: int, rows: int) -> dict[str, int]:
@@ -198,12 +184,11 @@ def _temporal_block(plan: Plan, accumulators: int, rows: int) -> dict[str, int]:
     block_co = min(128, max(16, launch.power_of_two(temporal.out_channels)))
     while block_co > max(16, most) or (single and block_co > 64):
         block_co //= 2
-    deep = 16 if single and accumulators > 1 else 32
+    deep = 16 if _splits(plan) else 32
+    block_ci = min(deep, max(16, launch.power_of_two(temporal.in_channels)))
     return {
         "BLOCK_P": block_p,
-        "BLOCK_CI": options.get(
-            "t_ci", min(deep, max(16, launch.power_of_two(temporal.in_channels)))
-        ),
+        "BLOCK_CI": options.get("t_ci", block_ci),
         "BLOCK_CO": options.get("t_co", block_co),
         "warps": warps,
         "stages": options.get("t_stages", 2),
@@ -220,7 +205,7 @@ def _spatial_block(plan: Plan, rows: int) -> dict[str, int]:
     return {
         "BLOCK_P": block_p,
         "BLOCK_CI": block_ci,
-        "BLOCK_CO": block_co,
+        "BLOCK_CO": options.get("s_co", block_co),
         "warps": options.get("s_warps", 8 if block_p * block_co > 64 * 128 else 4),
         "stages": 1,
     }

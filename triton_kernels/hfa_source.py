@@ -12,8 +12,7 @@ def hfa_temporal_kernel(
     x_ptr, u_ptr, bias_ptr, z_ptr,
     rows, tiles, frames, out_frames, area, before, C, M, x_n, x_c, x_t, x_p,
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_CI: tl.constexpr,
-    BLOCK_CO: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_CI: tl.constexpr, BLOCK_CO: tl.constexpr,
 ):
     pid = tl.program_id(0)
     if WIDE:
@@ -66,7 +65,7 @@ def temporal(t: Transform, outputs: int, taps: int, stride: int, last: bool, spl
     products = (
         _fast_products(t, taps, stride, rows, columns, split)
         if fast
-        else _direct_products(outputs, taps, stride, rows, columns)
+        else _direct_products(outputs, taps, stride, rows, columns, split)
     )
     frames = [f"z{i}" for i in range(outputs)]
     results = (
@@ -105,26 +104,33 @@ def _frame(name: str, at: int, rows: str, columns: str) -> list[str]:
     return lines if rows == "[:, None]" else [*lines, f"{name} = tl.trans({name})"]
 
 
-def _product(name: str, operand: str, weights: str = "u") -> str:
-    return f"{name} = tl.dot({operand}, {weights}, {name}, input_precision=PRECISION)"
-
-
 def _weights(point: int, name: str = "u") -> str:
     return f"{name} = tl.load(u_at + {point} * M * C, mask=u_mask, other=0.0)"
 
 
-def _split_products(point: int, points: int, name: str, product: str) -> list[str]:
-    """V U as three products of TF32 parts, all but the one of both small ones."""
+def split_parts(name: str) -> list[str]:
+    """The two TF32 parts of a float32 block, and the large one again without infinities.
+
+    The large one has the 10 bits behind the leading one that TF32 has. An infinity goes into one
+    product alone: in the others it could meet the other sign and become NaN.
+    """
     return [
-        _weights(point),
-        _weights(points + point, "small_u"),
-        # The 10 bits behind the leading one that TF32 has, and the rest.
-        f"large = ({name}.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)",
-        f"small = {name} - large",
-        _product(product, "small"),
-        _product(product, "large", "small_u"),
-        _product(product, "large"),
+        f"{name}_large = ({name}.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)",
+        f"{name}_bounded = tl.where(tl.abs({name}) == float('inf'), 0.0, {name}_large)",
+        f"{name}_small = tl.where(tl.abs({name}) == float('inf'), 0.0, {name} - {name}_large)",
     ]
+
+
+def product(total: str, operand: str, weights: str, split: bool) -> list[str]:
+    """total += operand weights; split, as three products of all parts but both small ones."""
+    pairs = [(operand, weights)]
+    if split:
+        pairs = [
+            (f"{operand}_small", weights),
+            (f"{operand}_bounded", f"small_{weights}"),
+            (f"{operand}_large", weights),
+        ]
+    return [f"{total} = tl.dot({a}, {b}, {total}, input_precision='tf32')" for a, b in pairs]
 
 
 def _fast_products(
@@ -140,23 +146,28 @@ def _fast_products(
             lines.append(f"{name} = {name}.to(tl.float32)")
         points = [f"v{j}" for j in range(t.alpha)]
         lines += transformed(t.input_program, frames, points, "t")
-        for j, name in enumerate(points):
+        for j in range(t.alpha):
+            point = phase * t.alpha + j
+            lines += [f"v = v{j}.to(x_ptr.dtype.element_ty)", _weights(point)]
             if split:
-                lines += _split_products(phase * t.alpha + j, phases * t.alpha, name, f"m{j}")
-                continue
-            lines.append(_weights(phase * t.alpha + j))
-            lines.append(_product(f"m{j}", f"{name}.to(x_ptr.dtype.element_ty)"))
+                lines += [_weights(phases * t.alpha + point, "small_u"), *split_parts("v")]
+            lines += product(f"m{j}", "v", "u", split)
     return lines
 
 
-def _direct_products(outputs: int, taps: int, stride: int, rows: str, columns: str) -> list[str]:
+def _direct_products(
+    outputs: int, taps: int, stride: int, rows: str, columns: str, split: bool
+) -> list[str]:
     """Every tap's weights once, for all outputs of the tile."""
     lines = []
     for at in sorted({i * stride + k for i in range(outputs) for k in range(taps)}):
         lines += _frame(f"d{at}", at, rows, columns)
+        lines += split_parts(f"d{at}") if split else []
     for k in range(taps):
         lines.append(_weights(k))
-        lines += [_product(f"m{i}", f"d{i * stride + k}") for i in range(outputs)]
+        lines += [_weights(taps + k, "small_u")] if split else []
+        for i in range(outputs):
+            lines += product(f"m{i}", f"d{i * stride + k}", "u", split)
     return lines
 
 
@@ -166,8 +177,7 @@ def hfa_spatial_kernel(
     rows, out_height, out_width, height, width, above, left, M, K, y_k,
     HAS_INNER: tl.constexpr, INNER: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_CI: tl.constexpr, BLOCK_CO: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_CI: tl.constexpr, BLOCK_CO: tl.constexpr,
 ):
     pid = tl.program_id(0)
     if WIDE:
@@ -200,8 +210,9 @@ def hfa_spatial_kernel(
                 a += z.to(tl.float32) * w.to(tl.float32)[None, :]
         a = activate(a, INNER).to(z_ptr.dtype.element_ty)
         v_mask = (c < M)[:, None] & (co < K)[None, :]
-        v = tl.load(v_ptr + c[:, None] + co[None, :] * M, mask=v_mask, other=0.0)
-        total = tl.dot(a, v, total, input_precision=PRECISION)
+        v_at = v_ptr + c[:, None] + co[None, :] * M
+        v = tl.load(v_at, mask=v_mask, other=0.0)
+{product}
     if HAS_BIAS:
         total += tl.load(bias_ptr + co, mask=co < K, other=0.0).to(tl.float32)[None, :]
     if WIDE:
@@ -221,15 +232,20 @@ _CONTIGUOUS = """\
 
 
 @lru_cache(maxsize=256)
-def spatial(taps: tuple[int, int], stride: tuple[int, int], last: bool) -> str:
+def spatial(taps: tuple[int, int], stride: tuple[int, int], last: bool, split: bool) -> str:
     """The depthwise stage, computed as the operand of the pointwise product.
 
-    last  whether y is channels last
+    last   whether y is channels last
+    split  whether the pointwise weights come as two TF32 parts, and products are three
     """
+    lines = []
+    if split:
+        lines = ["small_v = tl.load(v_at + K * M, mask=v_mask, other=0.0)", *split_parts("a")]
     return _SPATIAL.format(
         down=stride[0],
         across=stride[1],
         high=taps[0],
         wide=taps[1],
+        product=indented([*lines, *product("total", "a", "v", split)], 2),
         store=_CHANNELS_LAST if last else _CONTIGUOUS,
     )
