@@ -122,6 +122,7 @@ def _temporal(plan: Plan) -> Launch:
     x_n, x_p = g.in_channels * g.in_size[0] * area, g.in_channels if last else 1
     padded = g.batch * g.in_channels * (g.in_size[0] + sum(g.padding[0]) + t.alpha) * area
     written = g.batch * g.out_channels * tiles * outputs * area
+    weights = 2 * (t.alpha * g.stride[0] + 1) * g.in_channels * g.out_channels
     first, epilogue = plan.epilogue[0], launch.epilogue_constants(plan.epilogue[0])
     assert not first.residual
     return Launch(
@@ -134,7 +135,7 @@ def _temporal(plan: Plan) -> Launch:
         ),
         (
             *(pair for pair in epilogue if pair[0] != "HAS_RESIDUAL"),
-            ("WIDE", launch.wide(padded, written)),
+            ("WIDE", launch.wide(padded, written, weights)),
             *((name, n) for name, n in block.items() if name.startswith("BLOCK")),
         ),
         warps=block["warps"],
@@ -150,6 +151,7 @@ def _spatial(plan: Plan) -> Launch:
     inner = plan.epilogue[1]
     padded = g.batch * g.in_channels * prod(g.padded_size)
     written = (rows + block["BLOCK_P"]) * p.out_channels
+    weights = 2 * p.in_channels * (p.out_channels + block["BLOCK_CO"]) + g.taps * g.in_channels
     return Launch(
         kernel(hfa_source.spatial(g.kernel[1:], g.stride[1:], last, _splits(plan))),
         -(-rows // block["BLOCK_P"]) * -(-p.out_channels // block["BLOCK_CO"]),
@@ -162,7 +164,7 @@ def _spatial(plan: Plan) -> Launch:
             ("HAS_INNER", inner.bias),
             ("INNER", inner.activation),
             *launch.epilogue_constants(plan.epilogue[2]),
-            ("WIDE", launch.wide(padded, written)),
+            ("WIDE", launch.wide(padded, written, weights)),
             *((name, n) for name, n in block.items() if name.startswith("BLOCK")),
         ),
         warps=block["warps"],

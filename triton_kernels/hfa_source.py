@@ -16,7 +16,8 @@ def hfa_temporal_kernel(
 ):
     pid = tl.program_id(0)
     if WIDE:
-        pid = pid.to(tl.int64)
+        pid, C, M = pid.to(tl.int64), tl.cast(C, tl.int64), tl.cast(M, tl.int64)
+        area, x_t = tl.cast(area, tl.int64), tl.cast(x_t, tl.int64)
     blocks = tl.cdiv(M, BLOCK_CO)
     row = pid // blocks * BLOCK_P + tl.arange(0, BLOCK_P)
     co = pid % blocks * BLOCK_CO + tl.arange(0, BLOCK_CO)
@@ -31,8 +32,6 @@ def hfa_temporal_kernel(
 {zeros}
     for c0 in range(0, C, BLOCK_CI):
         c = c0 + tl.arange(0, BLOCK_CI)
-        if WIDE:
-            c = c.to(tl.int64)
         x_at = x_ptr + x_row{rows} + c{columns} * x_c
         u_at = u_points + c[:, None]
         u_mask = (c < C)[:, None] & (co < M)[None, :]
@@ -181,7 +180,8 @@ def hfa_spatial_kernel(
 ):
     pid = tl.program_id(0)
     if WIDE:
-        pid = pid.to(tl.int64)
+        pid, M, K = pid.to(tl.int64), tl.cast(M, tl.int64), tl.cast(K, tl.int64)
+        width, y_k = tl.cast(width, tl.int64), tl.cast(y_k, tl.int64)
     blocks = tl.cdiv(K, BLOCK_CO)
     row = pid // blocks * BLOCK_P + tl.arange(0, BLOCK_P)
     co = pid % blocks * BLOCK_CO + tl.arange(0, BLOCK_CO)
@@ -215,8 +215,6 @@ def hfa_spatial_kernel(
 {product}
     if HAS_BIAS:
         total += tl.load(bias_ptr + co, mask=co < K, other=0.0).to(tl.float32)[None, :]
-    if WIDE:
-        co = co.to(tl.int64)
 {store}
 """
 
