@@ -1,0 +1,249 @@
+"""Kernel texts of the fully separable block: what is written out per taps, stride and tile."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from ..transforms import Transform
+from .emit import indented, transformed
+
+_TEMPORAL = """\
+def hfa_temporal_kernel(
+    x_ptr, u_ptr, bias_ptr, z_ptr,
+    rows, tiles, frames, out_frames, area, before, C, M, x_n, x_c, x_t, x_p,
+    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_CI: tl.constexpr, BLOCK_CO: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    if WIDE:
+        pid, C, M = pid.to(tl.int64), tl.cast(C, tl.int64), tl.cast(M, tl.int64)
+        area, x_t = tl.cast(area, tl.int64), tl.cast(x_t, tl.int64)
+    blocks = tl.cdiv(M, BLOCK_CO)
+    row = pid // blocks * BLOCK_P + tl.arange(0, BLOCK_P)
+    co = pid % blocks * BLOCK_CO + tl.arange(0, BLOCK_CO)
+    # A row is a pixel of a tile of {outputs} frames: rows (N, tiles, area).
+    pixel = row % area
+    tile = row // area % tiles
+    n = row // area // tiles
+    first = tile * {step} - before
+    inside = row < rows
+    x_row = n * x_n + first * x_t + pixel * x_p
+    u_points = u_ptr + co[None, :] * C
+{zeros}
+    for c0 in range(0, C, BLOCK_CI):
+        c = c0 + tl.arange(0, BLOCK_CI)
+        x_at = x_ptr + x_row{rows} + c{columns} * x_c
+        u_at = u_points + c[:, None]
+        u_mask = (c < C)[:, None] & (co < M)[None, :]
+{products}
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + co, mask=co < M, other=0.0).to(tl.float32)[None, :]
+    else:
+        bias = tl.zeros((1, BLOCK_CO), tl.float32)
+    frame = tile * {outputs}
+    z_at = z_ptr + ((n * out_frames + frame) * area + pixel)[:, None] * M + co[None, :]
+    z_mask = inside[:, None] & (co < M)[None, :]
+{results}
+"""
+
+
+@lru_cache(maxsize=256)
+def temporal(t: Transform, outputs: int, taps: int, stride: int, last: bool, split: bool) -> str:
+    """The temporal stage: per tile `outputs` frames, by F(m, r) per phase if t saves products.
+
+    outputs  t.m, or any number of frames that share inputs where the stage is direct
+    last     whether x is channels last
+    split    whether U comes as two TF32 parts, all large ones first, and products are three
+
+    Frames are loaded once per tile and block of channels, transformed in float32, and multiplied
+    by U; the products of all tiles stay in registers until the inverse transform.
+    """
+    rows, columns = ("[:, None]", "[None, :]") if last else ("[None, :]", "[:, None]")
+    fast = saves(t)
+    names = [f"m{j}" for j in range(t.alpha if fast else outputs)]
+    products = (
+        _fast_products(t, taps, stride, rows, columns, split)
+        if fast
+        else _direct_products(outputs, taps, stride, rows, columns, split)
+    )
+    frames = [f"z{i}" for i in range(outputs)]
+    results = (
+        transformed(t.output_program, names, frames, "s")
+        if fast
+        else [f"{z} = {m}" for z, m in zip(frames, names, strict=True)]
+    )
+    for i in range(outputs):
+        results += [
+            f"z{i} = activate(z{i} + bias, ACTIVATION).to(z_ptr.dtype.element_ty)",
+            f"tl.store(z_at + {i} * area * M, z{i}, "
+            f"mask=z_mask & (frame + {i} < out_frames)[:, None])",
+        ]
+    return _TEMPORAL.format(
+        outputs=outputs,
+        step=outputs * stride,
+        rows=rows,
+        columns=columns,
+        zeros=indented([f"{name} = tl.zeros((BLOCK_P, BLOCK_CO), tl.float32)" for name in names]),
+        products=indented(products, 2),
+        results=indented(results),
+    )
+
+
+def saves(t: Transform) -> bool:
+    """Whether F(m, r) is more than a direct sum in another order."""
+    return t.m > 1 and t.r > 1
+
+
+def _frame(name: str, at: int, rows: str, columns: str) -> list[str]:
+    """Load a frame of the tile as (BLOCK_P, BLOCK_CI), zero outside of x."""
+    lines = [
+        f"in_{name} = inside & (first + {at} >= 0) & (first + {at} < frames)",
+        f"{name} = tl.load(x_at + {at} * x_t, mask=in_{name}{rows} & (c < C){columns}, other=0.0)",
+    ]
+    return lines if rows == "[:, None]" else [*lines, f"{name} = tl.trans({name})"]
+
+
+def _weights(point: int, name: str = "u") -> str:
+    return f"{name} = tl.load(u_at + {point} * M * C, mask=u_mask, other=0.0)"
+
+
+def split_parts(name: str) -> list[str]:
+    """The two TF32 parts of a float32 block, and the large one again without infinities.
+
+    The large one has the 10 bits behind the leading one that TF32 has. An infinity goes into one
+    product alone: in the others it could meet the other sign and become NaN.
+    """
+    return [
+        f"{name}_large = ({name}.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)",
+        f"{name}_bounded = tl.where(tl.abs({name}) == float('inf'), 0.0, {name}_large)",
+        f"{name}_small = tl.where(tl.abs({name}) == float('inf'), 0.0, {name} - {name}_large)",
+    ]
+
+
+def product(total: str, operand: str, weights: str, split: bool) -> list[str]:
+    """total += operand weights; split, as three products of all parts but both small ones."""
+    pairs = [(operand, weights)]
+    if split:
+        pairs = [
+            (f"{operand}_small", weights),
+            (f"{operand}_bounded", f"small_{weights}"),
+            (f"{operand}_large", weights),
+        ]
+    return [f"{total} = tl.dot({a}, {b}, {total}, input_precision='tf32')" for a, b in pairs]
+
+
+def _fast_products(
+    t: Transform, taps: int, stride: int, rows: str, columns: str, split: bool
+) -> list[str]:
+    """M += V U for every point; phases of a strided stage are further channels."""
+    phases = min(stride, taps)
+    lines = []
+    for phase in range(phases):
+        frames = [f"d{j}" for j in range(t.alpha)]
+        for j, name in enumerate(frames):
+            lines += _frame(name, j * stride + phase, rows, columns)
+            lines.append(f"{name} = {name}.to(tl.float32)")
+        points = [f"v{j}" for j in range(t.alpha)]
+        lines += transformed(t.input_program, frames, points, "t")
+        for j in range(t.alpha):
+            point = phase * t.alpha + j
+            lines += [f"v = v{j}.to(x_ptr.dtype.element_ty)", _weights(point)]
+            if split:
+                lines += [_weights(phases * t.alpha + point, "small_u"), *split_parts("v")]
+            lines += product(f"m{j}", "v", "u", split)
+    return lines
+
+
+def _direct_products(
+    outputs: int, taps: int, stride: int, rows: str, columns: str, split: bool
+) -> list[str]:
+    """Every tap's weights once, for all outputs of the tile."""
+    lines = []
+    for at in sorted({i * stride + k for i in range(outputs) for k in range(taps)}):
+        lines += _frame(f"d{at}", at, rows, columns)
+        lines += split_parts(f"d{at}") if split else []
+    for k in range(taps):
+        lines.append(_weights(k))
+        lines += [_weights(taps + k, "small_u")] if split else []
+        for i in range(outputs):
+            lines += product(f"m{i}", f"d{i * stride + k}", "u", split)
+    return lines
+
+
+_SPATIAL = """\
+def hfa_spatial_kernel(
+    z_ptr, w_ptr, v_ptr, inner_ptr, bias_ptr, residual_ptr, y_ptr,
+    rows, out_height, out_width, height, width, above, left, M, K, y_k,
+    HAS_INNER: tl.constexpr, INNER: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_CI: tl.constexpr, BLOCK_CO: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    if WIDE:
+        pid, M, K = pid.to(tl.int64), tl.cast(M, tl.int64), tl.cast(K, tl.int64)
+        width, y_k = tl.cast(width, tl.int64), tl.cast(y_k, tl.int64)
+    blocks = tl.cdiv(K, BLOCK_CO)
+    row = pid // blocks * BLOCK_P + tl.arange(0, BLOCK_P)
+    co = pid % blocks * BLOCK_CO + tl.arange(0, BLOCK_CO)
+    # A row is an output pixel: rows (N, T, OH, OW); z is (N, T, H, W, M).
+    top = row // out_width % out_height * {down} - above
+    west = row % out_width * {across} - left
+    image = row // out_width // out_height
+    inside = row < rows
+    z_row = ((image * height + top) * width + west) * M
+    total = tl.zeros((BLOCK_P, BLOCK_CO), tl.float32)
+    for c0 in range(0, M, BLOCK_CI):
+        c = c0 + tl.arange(0, BLOCK_CI)
+        z_at = z_ptr + z_row[:, None] + c[None, :]
+        a = tl.zeros((BLOCK_P, BLOCK_CI), tl.float32)
+        if HAS_INNER:
+            a += tl.load(inner_ptr + c, mask=c < M, other=0.0).to(tl.float32)[None, :]
+        # A loop at run time, of few steps: Triton would move the change of layout for the product
+        # in front of an unrolled sum, and send every tap through shared memory.
+        for r in range({high}):
+            in_row = inside & (top + r >= 0) & (top + r < height)
+            for s in tl.static_range({wide}):
+                in_image = in_row & (west + s >= 0) & (west + s < width)
+                mask = in_image[:, None] & (c < M)[None, :]
+                z = tl.load(z_at + (r * width + s) * M, mask=mask, other=0.0)
+                w = tl.load(w_ptr + (r * {wide} + s) * M + c, mask=c < M, other=0.0)
+                a += z.to(tl.float32) * w.to(tl.float32)[None, :]
+        a = activate(a, INNER).to(z_ptr.dtype.element_ty)
+        v_mask = (c < M)[:, None] & (co < K)[None, :]
+        v_at = v_ptr + c[:, None] + co[None, :] * M
+        v = tl.load(v_at, mask=v_mask, other=0.0)
+{product}
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + co, mask=co < K, other=0.0).to(tl.float32)[None, :]
+{store}
+"""
+
+# y in the order of its rows, or with its pixels apart: (N, K, T * OH * OW).
+_CHANNELS_LAST = """\
+    y_at = row[:, None] * K + co[None, :]
+    y_mask = inside[:, None] & (co < K)[None, :]
+    store(y_ptr, residual_ptr, y_at, total, y_mask, ACTIVATION, HAS_RESIDUAL)"""
+_CONTIGUOUS = """\
+    y_at = (row // y_k * K * y_k + row % y_k)[None, :] + co[:, None] * y_k
+    y_mask = inside[None, :] & (co < K)[:, None]
+    store(y_ptr, residual_ptr, y_at, tl.trans(total), y_mask, ACTIVATION, HAS_RESIDUAL)"""
+
+
+@lru_cache(maxsize=256)
+def spatial(taps: tuple[int, int], stride: tuple[int, int], last: bool, split: bool) -> str:
+    """The depthwise stage, computed as the operand of the pointwise product.
+
+    last   whether y is channels last
+    split  whether the pointwise weights come as two TF32 parts, and products are three
+    """
+    lines = []
+    if split:
+        lines = ["small_v = tl.load(v_at + K * M, mask=v_mask, other=0.0)", *split_parts("a")]
+    return _SPATIAL.format(
+        down=stride[0],
+        across=stride[1],
+        high=taps[0],
+        wide=taps[1],
+        product=indented([*lines, *product("total", "a", "v", split)], 2),
+        store=_CHANNELS_LAST if last else _CONTIGUOUS,
+    )
