@@ -1,33 +1,65 @@
-"""The tensor side of `ops`, and the operator `fastconv::conv` with its fake and its gradient.
+"""The tensor side of `ops`: the operators `fastconv::conv` and `fastconv::separable_block`.
 
-NumPy kernels see tensors through zero-copy views. Packed weights are kept per weight tensor for as
-long as it lives and is not written.
+Each has a fake, gradients to any order, a rule for autocast and one for vmap; torch_autograd.py
+has the operators that their gradients are made of.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
-from . import backends, ops, planner, torch_memory
+from . import backends, ops, planner, winners
 from .epilogue import Epilogue
+from .errors import GeometryError, UnsupportedError
 from .geometry import Geometry, SeparableGeometry
-from .plan import CONTIGUOUS, Plan
-
-MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
+from .plan import Plan
+from .torch_autograd import (
+    FROM_OUTPUT,
+    convolution,
+    gradient_of_bias,
+    gradient_of_input,
+    gradient_of_weight,
+    pairs,
+    through_activation,
+)
+from .torch_ops_packed import ON_TENSORS as ON_TENSORS
+from .torch_ops_packed import PackedWeights as PackedWeights
+from .torch_ops_packed import _packed as _packed
+from .torch_ops_packed import held_weights, pack
+from .torch_ops_packed import view as _view
+from .torch_ops_runner import FLOAT32 as _FLOAT32
+from .torch_ops_runner import (
+    Runner,
+    dense,
+    device_workspace,
+    dtype_of,
+    execute,
+    new_dense,
+    packed_weights,
+    precision_of,
+    runner,
+)
+from .torch_ops_runner import follow_threads as _follow_threads
 
 _library = torch.library.Library("fastconv", "DEF")
+_TAGS = (torch.Tag.pt2_compliant_tag,)
 _library.define(
     "conv(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, "
     "int groups, str activation='none', Tensor? residual=None, str algorithm='auto', "
     "str backend='auto', float tolerance=4.0, int? max_workspace_bytes=None) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    tags=_TAGS,
+)
+_library.define(
+    "separable_block(Tensor input, Tensor temporal_weight, Tensor depthwise_weight, "
+    "Tensor pointwise_weight, Tensor? temporal_bias, Tensor? depthwise_bias, "
+    "Tensor? pointwise_bias, int[] stride, int[] padding, str[] activations, "
+    "Tensor? residual=None, str backend='auto', float tolerance=4.0, "
+    "int? max_workspace_bytes=None) -> Tensor",
+    tags=_TAGS,
 )
 _ACTIVATIONS = {
     "none": lambda z: z,
@@ -36,12 +68,8 @@ _ACTIVATIONS = {
     "hardswish": torch.nn.functional.hardswish,
     "sigmoid": torch.sigmoid,
 }
-_packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
-# PyTorch has a memory format for 2 and 3 axes; one axis is channels last by its strides.
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-_FLOAT32 = np.dtype(np.float32)
-ON_TENSORS = ("torch", "triton")  # backends whose kernels take tensors; the others see memory
-_SAMPLES = 256  # elements that guard packed weights against writes PyTorch does not count
+MAX_ROUTES = 4096  # calls whose plan is remembered
+_routes: dict[Any, Runner] = {}
 
 
 def conv(
@@ -62,7 +90,7 @@ def conv(
     given = [t for t in (input, weight, bias, residual) if t is not None]
     fused = epilogue.activation != "none" or residual is not None
     if fused and torch.is_grad_enabled() and any(t.requires_grad for t in given):
-        # The operator's gradient is that of a convolution; PyTorch differentiates the rest.
+        # What the fused operator's gradient would compute again is kept instead.
         z = torch.ops.fastconv.conv(*arguments, **choice)
         return _ACTIVATIONS[epilogue.activation](z if residual is None else z + residual)
     return torch.ops.fastconv.conv(
@@ -70,16 +98,9 @@ def conv(
     )
 
 
-def _geometry(
-    input: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Geometry:
-    pairs = tuple(zip(padding[::2], padding[1::2], strict=True))
-    return Geometry.of(input.shape, weight.shape, tuple(stride), pairs, tuple(dilation), groups)
+def _groups(input: Tensor, weight: Tensor, groups: int) -> int:
+    """0 stands for the number that the channels tell: shards of whole groups are served alike."""
+    return groups or input.shape[1] // weight.shape[1]
 
 
 def _conv_impl(
@@ -97,19 +118,58 @@ def _conv_impl(
     tolerance: float = 4.0,
     max_workspace_bytes: int | None = None,
 ) -> Tensor:
-    plan = planner.plan(
-        _geometry(input, weight, stride, padding, dilation, groups),
-        dtype=str(input.dtype).removeprefix("torch."),
-        device=input.device.type,
-        precision=precision_of(input),
-        epilogue=Epilogue(bias is not None, activation, residual is not None),
-        layout=ops.layout_of(input),
-        algorithm=algorithm,
-        backend=backend,
-        tolerance=tolerance,
-        max_workspace_bytes=max_workspace_bytes,
+    refuse_tangents(input, weight, bias, residual)
+    if input.layout is not torch.strided or weight.layout is not torch.strided:
+        ops.check_arrays("conv", input=input, weight=weight)
+    key = (
+        (input.shape, input.stride(), input.dtype, input.device, precision_of(input)),
+        (weight.shape, weight.dtype, weight.device),
+        None if bias is None else (bias.shape, bias.dtype, bias.device),
+        None if residual is None else (residual.shape, residual.dtype, residual.device),
+        (*stride, *padding, *dilation, groups),
+        (activation, algorithm, backend, tolerance, max_workspace_bytes, winners.generation()),
     )
-    return execute(plan, input, packed_weights(plan, weight), bias, residual)
+    found = _routes.get(key)
+    if found is None:
+        ops.check_arrays("conv", input=input, weight=weight, bias=bias, residual=residual)
+        geometry = Geometry.of(
+            input.shape,
+            weight.shape,
+            tuple(stride),
+            pairs(padding),
+            tuple(dilation),
+            _groups(input, weight, groups),
+            op="conv",
+        )
+        ops.check_extras("conv", geometry.out_channels, geometry.y_shape, bias, residual)
+        plan = planner.plan(
+            geometry,
+            dtype=dtype_of(input),
+            device=input.device.type,
+            precision=precision_of(input),
+            epilogue=Epilogue(bias is not None, activation, residual is not None),
+            layout=ops.layout_of(input),
+            algorithm=algorithm,
+            backend=backend,
+            tolerance=tolerance,
+            max_workspace_bytes=max_workspace_bytes,
+        )
+        if len(_routes) >= MAX_ROUTES:
+            _routes.clear()
+        found = _routes[key] = runner(plan)
+    return found(input, held_weights(weight).form(found, weight), bias, residual)
+
+
+def refuse_tangents(*tensors: Tensor | None) -> None:
+    """Raise UnsupportedError for a tensor with a forward gradient, which would be lost."""
+    forward = torch.autograd.forward_ad
+    if forward._current_level < 0:
+        return
+    for tensor in tensors:
+        if tensor is not None and forward.unpack_dual(tensor).tangent is not None:
+            raise UnsupportedError(
+                "fastconv has no forward-mode gradients; use torch.autograd.grad or backward()"
+            )
 
 
 def _conv_fake(
@@ -127,42 +187,72 @@ def _conv_fake(
     tolerance: float = 4.0,
     max_workspace_bytes: int | None = None,
 ) -> Tensor:
-    geometry = _geometry(input, weight, stride, padding, dilation, groups)
-    return new_dense(geometry.y_shape, input, ops.layout_of(input))
+    shape = result_shape(input.shape, weight.shape, stride, padding, dilation, groups)
+    return new_dense(shape, input, ops.layout_of(input))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, weight, bias, stride, padding, dilation, groups, *_ = inputs
-    ctx.save_for_backward(input, weight)
-    ctx.arguments = (stride, padding, dilation, groups)
-    ctx.bias_size = None if bias is None else bias.shape[0]
+def result_shape(
+    x_shape: Sequence[Any],
+    w_shape: Sequence[Any],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Any, ...]:
+    """The shape of a convolution's result; sizes may be symbols, which cannot be refused."""
+    if all(isinstance(n, int) for n in (*x_shape, *w_shape)):
+        groups = groups or x_shape[1] // w_shape[1]
+        return Geometry.of(
+            x_shape, w_shape, tuple(stride), pairs(padding), tuple(dilation), groups, op="conv"
+        ).y_shape
+    if len(x_shape) != len(w_shape):
+        raise GeometryError(
+            f"conv: input must have {len(w_shape)} dimensions, got shape {tuple(x_shape)}"
+        )
+    axes = zip(x_shape[2:], w_shape[2:], stride, pairs(padding), dilation, strict=True)
+    size = tuple((n + sum(pads) - d * (k - 1) - 1) // s + 1 for n, k, s, pads, d in axes)
+    return (x_shape[0], w_shape[0], *size)
+
+
+def _conv_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, weight, bias, stride, padding, dilation, _, activation, residual, *choice = inputs
+    # What stands before these activations is computed again in the backward pass.
+    again = activation not in FROM_OUTPUT
+    ctx.save_for_backward(
+        input,
+        weight,
+        bias if again else None,
+        residual if again else None,
+        output if activation in ("relu", "sigmoid") else None,
+    )
+    ctx.arguments = (stride, padding, dilation)
+    ctx.activation, (_, ctx.backend, ctx.tolerance, _) = activation, choice
+
+
+def _needs(ctx: Any, arguments: int) -> tuple[bool, ...]:
+    """Which arguments need a gradient; those left at their defaults are not passed on."""
+    needs = tuple(ctx.needs_input_grad)
+    return (*needs, *(False,) * (arguments - len(needs)))
 
 
 def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """The framework's own gradients; an asymmetric padding is undone by padding the saved input."""
-    input, weight = ctx.saved_tensors
-    stride, padding, dilation, groups = ctx.arguments
-    before, after = padding[::2], padding[1::2]
-    common = [min(a, b) for a, b in zip(before, after, strict=True)]
-    extra = [p - c for *pair, c in zip(before, after, common, strict=True) for p in pair]
-    flipped = [e for i in range(len(common) - 1, -1, -1) for e in extra[2 * i : 2 * i + 2]]
-    padded = torch.nn.functional.pad(input, flipped) if any(flipped) else input
-    needs = ctx.needs_input_grad[:3]
-    mask = [needs[0], needs[1], needs[2] and ctx.bias_size is not None]
-    sizes = None if ctx.bias_size is None else [ctx.bias_size]
-    forward = (stride, common, dilation, False, [0] * len(common), groups)
-    dx, dw, db = torch.ops.aten.convolution_backward(grad, padded, weight, sizes, *forward, mask)
-    if dx is not None:
-        for axis, size in enumerate(input.shape[2:]):
-            dx = dx.narrow(2 + axis, extra[2 * axis], size)
-    return dx, dw, db, *(None,) * 10
-
-
-_library.impl("conv", _conv_impl, "CompositeExplicitAutograd")
-torch.library.register_fake("fastconv::conv", _conv_fake, lib=_library)
-torch.library.register_autograd(
-    "fastconv::conv", _conv_backward, setup_context=_setup_context, lib=_library
-)
+    input, weight, bias, residual, output = ctx.saved_tensors
+    arguments, needs = (*ctx.arguments, ctx.backend, ctx.tolerance), _needs(ctx, 13)
+    before = None
+    if ctx.activation not in FROM_OUTPUT:
+        before = convolution(input, weight, *arguments, bias=bias)
+        before = before if residual is None else before + residual
+    grad = through_activation(ctx.activation, grad, output, before)
+    found: list[Tensor | None] = [None] * 13
+    if needs[0]:
+        found[0] = gradient_of_input(grad, weight, input, *arguments)
+    if needs[1]:
+        found[1] = gradient_of_weight(grad, input, weight.shape, *arguments)
+    if needs[2]:
+        found[2] = gradient_of_bias(grad)
+    if needs[8]:
+        found[8] = grad
+    return tuple(found)
 
 
 def separable_block(
@@ -177,20 +267,217 @@ def separable_block(
     """`ops.separable_block` on tensors; three convolutions where a gradient is asked for."""
     given = [t for t in (input, *weights, *biases, residual) if t is not None]
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+        # What the block's gradient would compute again is kept instead.
         for i, stage in enumerate(geometry.stages):
             rest = residual if i == 2 else None
             input = conv(input, weights[i], biases[i], stage, epilogue[i], rest, **choice)
         return input
-    plan = planner.plan(
+    temporal, depthwise, _ = geometry.stages
+    stride = (temporal.stride[0], *depthwise.stride[1:])
+    paddings = (temporal.padding[0], *depthwise.padding[1:])
+    return torch.ops.fastconv.separable_block(
+        input,
+        *weights,
+        *biases,
+        stride,
+        [p for pair in paddings for p in pair],
+        [e.activation for e in epilogue],
+        residual,
+        **choice,
+    )
+
+
+def _block_geometry(
+    input: Tensor, weights: Sequence[Tensor], stride: Sequence[int], padding: Sequence[int]
+) -> SeparableGeometry:
+    return SeparableGeometry.of(
+        input.shape, *(w.shape for w in weights), tuple(stride), pairs(padding)
+    )
+
+
+def _block_impl(
+    input: Tensor,
+    temporal_weight: Tensor,
+    depthwise_weight: Tensor,
+    pointwise_weight: Tensor,
+    temporal_bias: Tensor | None,
+    depthwise_bias: Tensor | None,
+    pointwise_bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    activations: Sequence[str],
+    residual: Tensor | None = None,
+    backend: str = "auto",
+    tolerance: float = 4.0,
+    max_workspace_bytes: int | None = None,
+) -> Tensor:
+    weights = (temporal_weight, depthwise_weight, pointwise_weight)
+    biases = (temporal_bias, depthwise_bias, pointwise_bias)
+    refuse_tangents(input, *weights, *biases, residual)
+    key = (
+        (input.shape, input.stride(), input.dtype, input.device, precision_of(input)),
+        tuple((w.shape, w.dtype, w.device) for w in weights),
+        tuple(None if b is None else (b.shape, b.dtype, b.device) for b in biases),
+        None if residual is None else (residual.shape, residual.dtype, residual.device),
+        (*stride, *padding, *activations),
+        (backend, tolerance, max_workspace_bytes, winners.generation()),
+    )
+    found = _routes.get(key)
+    if found is None:
+        plan = _block_plan(
+            input, weights, biases, stride, padding, activations, residual,
+            backend=backend, tolerance=tolerance, max_workspace_bytes=max_workspace_bytes,
+        )  # fmt: skip
+        if len(_routes) >= MAX_ROUTES:
+            _routes.clear()
+        found = _routes[key] = runner(plan)
+    return found(input, held_together(weights, found), biases, residual)
+
+
+def held_together(weights: tuple[Tensor, Tensor, Tensor], runner: Runner) -> Any:
+    """The packed form of three weights, kept with the first; packed anew if any was written."""
+    first, others = held_weights(weights[0]), tuple(map(held_weights, weights[1:]))
+    return first.form_with(runner, weights, others)
+
+
+def _block_plan(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    activations: Sequence[str],
+    residual: Tensor | None,
+    **choice: Any,
+) -> Plan:
+    op = "separable_block"
+    named = {f"{n}_weight": w for n, w in zip(_STAGES, weights, strict=True)}
+    named |= {f"{n}_bias": b for n, b in zip(_STAGES, biases, strict=True) if b is not None}
+    ops.check_arrays(op, input=input, **named, residual=residual)
+    geometry = _block_geometry(input, weights, stride, padding)
+    for stage, bias in zip(geometry.stages, biases, strict=True):
+        last = stage is geometry.pointwise
+        ops.check_extras(op, stage.out_channels, stage.y_shape, bias, residual if last else None)
+    first, second, third = (b is not None for b in biases)
+    return planner.plan(
         geometry,
-        dtype=str(input.dtype).removeprefix("torch."),
+        dtype=dtype_of(input),
         device=input.device.type,
         precision=precision_of(input),
-        epilogue=epilogue,
+        epilogue=(
+            Epilogue(first, activations[0]),
+            Epilogue(second, activations[1]),
+            Epilogue(third, activations[2], residual is not None),
+        ),
         layout=ops.layout_of(input),
         **choice,
     )
-    return execute(plan, input, _pack(plan, weights), tuple(biases), residual)
+
+
+_STAGES = ("temporal", "depthwise", "pointwise")
+
+
+def _block_fake(
+    input: Tensor,
+    temporal_weight: Tensor,
+    depthwise_weight: Tensor,
+    pointwise_weight: Tensor,
+    temporal_bias: Tensor | None,
+    depthwise_bias: Tensor | None,
+    pointwise_bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    activations: Sequence[str],
+    residual: Tensor | None = None,
+    backend: str = "auto",
+    tolerance: float = 4.0,
+    max_workspace_bytes: int | None = None,
+) -> Tensor:
+    shape: Sequence[Any] = input.shape
+    for stage, weight in zip(
+        stages_of(stride, padding),
+        (temporal_weight, depthwise_weight, pointwise_weight),
+        strict=True,
+    ):
+        shape = result_shape(shape, weight.shape, *stage, 0)
+    return new_dense(shape, input, ops.layout_of(input))
+
+
+def stages_of(
+    stride: Sequence[int], padding: Sequence[int]
+) -> tuple[tuple[list[int], list[int], list[int]], ...]:
+    """Stride, padding and dilation of a block's three convolutions."""
+    one, none = [1, 1, 1], [0] * 6
+    return (
+        ([stride[0], 1, 1], [*padding[:2], 0, 0, 0, 0], one),
+        ([1, *stride[1:]], [0, 0, *padding[2:]], one),
+        (one, none, one),
+    )
+
+
+def _block_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    tensors, (stride, padding, activations, residual, *choice) = inputs[:7], inputs[7:]
+    ctx.save_for_backward(*tensors, residual)
+    ctx.stages, ctx.activations = stages_of(stride, padding), activations
+    ctx.choice = choice[:2]
+
+
+def _block_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The stages once more, of tensors that know where they come from, and backwards."""
+    input, *rest, residual = ctx.saved_tensors
+    weights, biases, needs = rest[:3], rest[3:], _needs(ctx, 14)
+    inputs, before = [input], []
+    for i, (stage, activation) in enumerate(zip(ctx.stages, ctx.activations, strict=True)):
+        z = convolution(inputs[i], weights[i], *stage, *ctx.choice, bias=biases[i])
+        before.append(z if i < 2 or residual is None else z + residual)
+        inputs.append(_ACTIVATIONS[activation](before[i]))
+    found: list[Tensor | None] = [None] * 14
+    for i in (2, 1, 0):
+        stage = (*ctx.stages[i], *ctx.choice)
+        grad = through_activation(ctx.activations[i], grad, inputs[i + 1], before[i])
+        if i == 2 and needs[10]:
+            found[10] = grad
+        if needs[1 + i]:
+            found[1 + i] = gradient_of_weight(grad, inputs[i], weights[i].shape, *stage)
+        if needs[4 + i]:
+            found[4 + i] = gradient_of_bias(grad)
+        if i or needs[0]:
+            grad = gradient_of_input(grad, weights[i], inputs[i], *stage)
+    if needs[0]:
+        found[0] = grad
+    return tuple(found)
+
+
+def _in_precision_of_autocast(name: str, device: str) -> Any:
+    """As PyTorch's own convolutions: float tensors are cast, except float64."""
+
+    def kernel(*args: Any, **kwargs: Any) -> Tensor:
+        dtype = torch.get_autocast_dtype(device)
+
+        def cast(value: Any) -> Any:
+            if not isinstance(value, Tensor) or value.device.type != device:
+                return value
+            single = value.is_floating_point() and value.dtype != torch.float64
+            return value.to(dtype) if single else value
+
+        kwargs = {key: cast(value) for key, value in kwargs.items()}
+        with torch.autocast(device, enabled=False):
+            return getattr(torch.ops.fastconv, name).default(*map(cast, args), **kwargs)
+
+    return kernel
+
+
+for _name, _impl, _fake, _context, _backward in (
+    ("conv", _conv_impl, _conv_fake, _conv_context, _conv_backward),
+    ("separable_block", _block_impl, _block_fake, _block_context, _block_backward),
+):
+    _library.impl(_name, _impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastconv::{_name}", _fake, lib=_library)
+    torch.library.register_autograd(
+        f"fastconv::{_name}", _backward, setup_context=_context, lib=_library
+    )
+    _library.impl(_name, _in_precision_of_autocast(_name, "cpu"), "AutocastCPU")
+    _library.impl(_name, _in_precision_of_autocast(_name, "cuda"), "AutocastCUDA")
 
 
 def new_state(shape: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor]:
@@ -230,200 +517,3 @@ def continual_step(
             views = ops.State(_view(state.frames), _view(state.steps))
             ops.run_step(plan, x, packed, b, r, views, _view(y))
     return y
-
-
-class Runner:
-    """A plan ready for many calls: its kernel, workspace and output shape are looked up once."""
-
-    def __init__(self, plan: Plan) -> None:
-        module = backends.kernel(plan.family, plan.backend)
-        self.plan = plan
-        self._run = module.run
-        self._size_of = module.workspace_size
-        self._sizes: dict[int, int] = {}  # by number of threads
-        self._y_shape = plan.geometry.y_shape
-        # PyTorch's convolution allocates its own result: one pass over memory less than `run`.
-        plain = isinstance(plan.epilogue, Epilogue) and plan.epilogue.plain
-        direct = plan.backend == "torch" and plan.family in ("grouped", "depthwise")
-        dense_module = backends.kernel("grouped", "torch") if direct and plain else None
-        self._convolve = None if dense_module is None else dense_module.convolve
-
-    def __call__(self, x: Tensor, packed: Any, bias: Any, residual: Tensor | None = None) -> Tensor:
-        """y (N, K, *out_size) in the plan's layout, without a gradient; x may have any strides."""
-        layout = self.plan.layout
-        x = dense(x, layout)
-        if self._convolve is not None:
-            return dense(self._convolve(x, packed, bias, self.plan.geometry), layout)
-        residual = dense(residual, layout)
-        y = new_dense(self._y_shape, x, layout)
-        if not y.numel():
-            return y
-        if self.plan.backend in ON_TENSORS:
-            workspace = device_workspace(self._size_of(self.plan), y)
-            self._run(self.plan, x, packed, bias, residual, y, workspace)
-            return y
-        if self.plan.backend == "c":  # sees addresses only, and knows what was packed
-            workspace = ops.workspace(packed.workspace_size(), _FLOAT32)
-            self._run(self.plan, x, packed, bias, residual, y, workspace)
-            return y
-        threads = _follow_threads() if self.plan.backend == "numba" else 0
-        size = self._sizes.get(threads)
-        if size is None:
-            size = self._sizes[threads] = self._size_of(self.plan)
-        b = tuple(map(_view, bias)) if isinstance(bias, tuple) else _view(bias)
-        x_view, y_view = _view(x), _view(y)
-        workspace = ops.workspace(size, y_view.dtype)
-        self._run(self.plan, x_view, packed, b, _view(residual), y_view, workspace)
-        return y
-
-
-def device_workspace(size: int, like: Tensor) -> Tensor | None:
-    """Scratch for a kernel on the stream of this call: PyTorch's allocator keeps streams apart."""
-    return like.new_empty(size) if size else None
-
-
-def precision_of(input: Tensor) -> str:
-    """'tf32' where the user lets PyTorch's own convolutions of this tensor round to TF32."""
-    if input.device.type != "cuda" or input.dtype != torch.float32:
-        return "ieee"
-    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
-
-
-@lru_cache(maxsize=4096)
-def runner(plan: Plan) -> Runner:
-    """The plan's Runner."""
-    return Runner(plan)
-
-
-def execute(plan: Plan, x: Tensor, packed: Any, bias: Any, residual: Tensor | None) -> Tensor:
-    """`ops.execute` on tensors: y is allocated by PyTorch, kernels on NumPy arrays see views."""
-    return runner(plan)(x, packed, bias, residual)
-
-
-class PackedWeights:
-    """The packed forms of one weight tensor, for as long as nobody writes it.
-
-    A write is seen by PyTorch's version counter or, for writes through `.data` and other aliases
-    that it does not count, by a sample of the elements. Inference tensors have no counter: there
-    the sample is the whole tensor.
-    """
-
-    def __init__(self, weight: Tensor) -> None:
-        self._pointer, self._version = weight.data_ptr(), _version(weight)
-        self._sample = _sample(weight)
-        self._values = self._sample.tobytes()
-        self._packed: dict[Plan | Runner, tuple[Any, Any, Any]] = {}
-
-    def are_of(self, weight: Tensor) -> bool:
-        """Whether this is still the memory and the content that was packed."""
-        if weight.is_inference() and weight.device.type != "cpu":
-            return False  # nothing tells
-        return (
-            _version(weight) == self._version
-            and weight.data_ptr() == self._pointer
-            and self._sample.tobytes() == self._values
-        )
-
-    def form(self, runner: Runner, weight: Tensor) -> Any:
-        """The weights in the form that a plan's kernel reads."""
-        held = self._packed.get(runner)
-        if held is None:
-            packed = _pack(runner.plan, weight)
-            held = self._packed[runner] = (packed, *_moment(weight))
-        packed, stream, event = held
-        if stream is not None and torch.cuda.current_stream(weight.device) != stream:
-            # Packed on one stream, read on another.
-            torch.cuda.current_stream(weight.device).wait_event(event)
-        return packed
-
-    def drop(self) -> None:
-        """Pack again when a form is asked for next."""
-        self._packed.clear()
-
-
-def _moment(weight: Tensor) -> tuple[Any, Any]:
-    """The stream on which something was just made, and an event behind it; None on a CPU."""
-    if weight.device.type != "cuda":
-        return None, None
-    stream = torch.cuda.current_stream(weight.device)
-    return stream, stream.record_event()
-
-
-def held_weights(weight: Tensor) -> PackedWeights:
-    """The packed weights kept for a tensor, new ones if it was written meanwhile."""
-    held = _packed.get(weight)
-    if held is None or not held.are_of(weight):
-        held = _packed[weight] = PackedWeights(weight)
-    return held
-
-
-def packed_weights(plan: Plan, weight: Tensor) -> Any:
-    """The weights in the form that a plan's kernel reads, packed once per tensor and content."""
-    return held_weights(weight).form(runner(plan), weight)
-
-
-def _version(weight: Tensor) -> int:
-    return -1 if weight.is_inference() else weight._version
-
-
-def _sample(weight: Tensor) -> np.ndarray:
-    """A view of evenly spaced elements, about _SAMPLES; of all where no counter helps.
-
-    Empty where NumPy cannot see them.
-    """
-    if weight.device.type != "cpu":
-        return np.empty(0)
-    # NumPy has no bfloat16: precisions of two bytes are seen as integers.
-    weight = weight.detach()
-    array = (weight.view(torch.int16) if weight.element_size() == 2 else weight).numpy()
-    layout = ops.dense_layout(array)
-    if layout is None:
-        return array  # with gaps, which weights seldom have: all of it
-    flat = (array if layout == CONTIGUOUS else np.moveaxis(array, 1, -1)).reshape(-1)
-    return flat[:: 1 if weight.is_inference() else max(1, flat.size // _SAMPLES)]
-
-
-def _pack(plan: Plan, weights: Any) -> Any:
-    if plan.backend in ON_TENSORS:
-        return ops.pack(plan, weights)
-    views = tuple(map(_view, weights)) if isinstance(weights, tuple) else _view(weights)
-    return ops.pack(plan, views)
-
-
-def _view(tensor: Tensor | None) -> Any:
-    """A NumPy array of the same memory; None stays None."""
-    return None if tensor is None else tensor.detach().numpy()
-
-
-def new_dense(shape: Sequence[int], like: Tensor, layout: str) -> Tensor:
-    """An uninitialised tensor (N, C, *size) in a layout."""
-    memory = tuple(shape) if layout == CONTIGUOUS else (shape[0], *shape[2:], shape[1])
-    plain = type(like) is Tensor and like.device.type == "cpu"
-    if plain and like.dtype in torch_memory.DTYPES:
-        y = torch_memory.empty(memory, like.dtype)
-    else:
-        y = like.new_empty(memory)
-    return y if layout == CONTIGUOUS else y.movedim(-1, 1)
-
-
-def dense(tensor: MaybeTensor, layout: str) -> MaybeTensor:
-    """The tensor itself if it is dense in the layout, else a copy that is."""
-    if tensor is None:
-        return None
-    if layout == CONTIGUOUS:
-        return tensor.contiguous()
-    if tensor.dim() in _CHANNELS_LAST:
-        return tensor.contiguous(memory_format=_CHANNELS_LAST[tensor.dim()])
-    return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
-def _follow_threads() -> int:
-    """`torch.set_num_threads` rules the Numba kernels too; their number."""
-    import numba
-
-    from .numba_kernels import simd
-
-    wanted = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-    if simd.threads() != wanted:
-        numba.set_num_threads(wanted)
-    return wanted
