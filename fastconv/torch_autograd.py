@@ -4,7 +4,7 @@ With y = conv(x, w), `fastconv::conv_input_gradient` (gy, w) -> gx and
 `fastconv::conv_weight_gradient` (gy, x) -> gw are bilinear as conv is, so that the gradient of each
 is made of the other two, to any order.
 
-Groups are told by their channels, not by their number: a shard of whole groups is a convolution too.
+Groups are told by their channels, not by their number: a shard of whole groups is served alike.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from .errors import GeometryError
 from .geometry import Geometry
 from .layouts import layout_of
 from .torch_ops_gradients import input_gradient, weight_gradient
+from .torch_ops_register import register
 from .torch_ops_runner import new_dense
 
 library = torch.library.Library("fastconv", "FRAGMENT")
@@ -131,19 +132,19 @@ def _weight_fake(
 
 
 def _input_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grad, weight, input_size, stride, padding, dilation, _, layout, backend, tolerance = inputs
+    grad, weight, _, stride, padding, dilation, _, _, backend, tolerance = inputs
     ctx.save_for_backward(grad, weight)
     ctx.arguments = (stride, padding, dilation)
-    ctx.layout, ctx.choice = layout, (backend, tolerance)
+    ctx.choice = (backend, tolerance)
 
 
 def _input_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """grad is that of gx, a tensor like x."""
     gy, weight = ctx.saved_tensors
     by_gy = by_weight = None
-    if ctx.needs_input_grad[0]:
+    if ctx.needs[0]:
         by_gy = convolution(grad, weight, *ctx.arguments, *ctx.choice)
-    if ctx.needs_input_grad[1]:
+    if ctx.needs[1]:
         by_weight = gradient_of_weight(gy, grad, weight.shape, *ctx.arguments, *ctx.choice)
     return by_gy, by_weight, *(None,) * 8
 
@@ -159,9 +160,9 @@ def _weight_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """grad is that of gw, a tensor like w."""
     gy, input = ctx.saved_tensors
     by_gy = by_input = None
-    if ctx.needs_input_grad[0]:
+    if ctx.needs[0]:
         by_gy = convolution(input, grad, *ctx.arguments, *ctx.choice)
-    if ctx.needs_input_grad[1]:
+    if ctx.needs[1]:
         by_input = gradient_of_input(gy, grad, input, *ctx.arguments, *ctx.choice)
     return by_gy, by_input, *(None,) * 7
 
@@ -263,12 +264,9 @@ def through_activation(
 
 FROM_OUTPUT = ("none", "relu", "sigmoid")  # activations that need no recomputed input
 
-for _name, _impl, _fake, _context, _backward in (
-    ("conv_input_gradient", _input_impl, _input_fake, _input_context, _input_backward),
-    ("conv_weight_gradient", _weight_impl, _weight_fake, _weight_context, _weight_backward),
-):
-    library.impl(_name, _impl, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastconv::{_name}", _fake, lib=library)
-    torch.library.register_autograd(
-        f"fastconv::{_name}", _backward, setup_context=_context, lib=library
-    )
+register(
+    library, "conv_input_gradient", _input_impl, _input_fake, _input_context, _input_backward
+)
+register(
+    library, "conv_weight_gradient", _weight_impl, _weight_fake, _weight_context, _weight_backward
+)

@@ -29,20 +29,22 @@ from .torch_autograd import (
 from .torch_ops_packed import ON_TENSORS as ON_TENSORS
 from .torch_ops_packed import PackedWeights as PackedWeights
 from .torch_ops_packed import _packed as _packed
-from .torch_ops_packed import held_weights, pack
+from .torch_ops_packed import held_weights
 from .torch_ops_packed import view as _view
+from .torch_ops_register import register
 from .torch_ops_runner import FLOAT32 as _FLOAT32
 from .torch_ops_runner import (
     Runner,
     dense,
     device_workspace,
     dtype_of,
-    execute,
+    is_plain,
     new_dense,
     packed_weights,
     precision_of,
     runner,
 )
+from .torch_ops_runner import execute as execute
 from .torch_ops_runner import follow_threads as _follow_threads
 
 _library = torch.library.Library("fastconv", "DEF")
@@ -72,6 +74,43 @@ MAX_ROUTES = 4096  # calls whose plan is remembered
 _routes: dict[Any, Runner] = {}
 
 
+def key_of(tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> Any:
+    """What tells a call of `ops` from others of the same function; None where it needs more than a
+    plan: a gradient, a trace, a refusal.
+
+    tensors  input, weights, biases, residual
+    """
+    if not is_plain(*tensors):
+        return None
+    input, *rest = tensors
+    assert input is not None
+    shapes = tuple(None if t is None else t.shape for t in rest)
+    of_input = (input.shape, input.stride(), input.dtype, input.device)
+    try:
+        hash(options)
+    except TypeError:  # lists of numbers, or of pairs
+        options = tuple(map(repr, options))
+    return of_input, shapes, options, winners.generation(), precision_of(input)
+
+
+def again(
+    key: Any, input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
+) -> Tensor | None:
+    """The convolution whose key was seen before; None if it was not."""
+    found = _routes.get(key)
+    if found is None:
+        return None
+    return found(input, held_weights(weight).form(found, weight), bias, residual)
+
+
+def remember(key: Any, plan: Plan) -> Runner:
+    """The plan's Runner, which `_routes` finds by the key from now on."""
+    if len(_routes) >= MAX_ROUTES:
+        _routes.clear()
+    found = _routes[key] = runner(plan)
+    return found
+
+
 def conv(
     input: Tensor,
     weight: Tensor,
@@ -79,12 +118,17 @@ def conv(
     geometry: Geometry,
     epilogue: Epilogue,
     residual: Tensor | None,
+    key: Any = None,
     **choice: Any,
 ) -> Tensor:
     """`ops.conv3d` and its kin on tensors that the door has checked; differentiable.
 
-    choice: algorithm, backend, tolerance, max_workspace_bytes
+    key     from `key_of`
+    choice  algorithm, backend, tolerance, max_workspace_bytes
     """
+    if key is not None:
+        found = remember(key, _plan(geometry, input, epilogue, **choice))
+        return found(input, held_weights(weight).form(found, weight), bias, residual)
     padding = [p for pair in geometry.padding for p in pair]
     arguments = (input, weight, bias, geometry.stride, padding, geometry.dilation, geometry.groups)
     given = [t for t in (input, weight, bias, residual) if t is not None]
@@ -95,6 +139,23 @@ def conv(
         return _ACTIVATIONS[epilogue.activation](z if residual is None else z + residual)
     return torch.ops.fastconv.conv(
         *arguments, activation=epilogue.activation, residual=residual, **choice
+    )
+
+
+def _plan(
+    geometry: Geometry | SeparableGeometry,
+    input: Tensor,
+    epilogue: Epilogue | tuple[Epilogue, Epilogue, Epilogue],
+    **choice: Any,
+) -> Plan:
+    return planner.plan(
+        geometry,
+        dtype=dtype_of(input),
+        device=input.device.type,
+        precision=precision_of(input),
+        epilogue=epilogue,
+        layout=ops.layout_of(input),
+        **choice,
     )
 
 
@@ -142,21 +203,16 @@ def _conv_impl(
             op="conv",
         )
         ops.check_extras("conv", geometry.out_channels, geometry.y_shape, bias, residual)
-        plan = planner.plan(
+        plan = _plan(
             geometry,
-            dtype=dtype_of(input),
-            device=input.device.type,
-            precision=precision_of(input),
-            epilogue=Epilogue(bias is not None, activation, residual is not None),
-            layout=ops.layout_of(input),
+            input,
+            Epilogue(bias is not None, activation, residual is not None),
             algorithm=algorithm,
             backend=backend,
             tolerance=tolerance,
             max_workspace_bytes=max_workspace_bytes,
         )
-        if len(_routes) >= MAX_ROUTES:
-            _routes.clear()
-        found = _routes[key] = runner(plan)
+        found = remember(key, plan)
     return found(input, held_weights(weight).form(found, weight), bias, residual)
 
 
@@ -229,15 +285,9 @@ def _conv_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.activation, (_, ctx.backend, ctx.tolerance, _) = activation, choice
 
 
-def _needs(ctx: Any, arguments: int) -> tuple[bool, ...]:
-    """Which arguments need a gradient; those left at their defaults are not passed on."""
-    needs = tuple(ctx.needs_input_grad)
-    return (*needs, *(False,) * (arguments - len(needs)))
-
-
 def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     input, weight, bias, residual, output = ctx.saved_tensors
-    arguments, needs = (*ctx.arguments, ctx.backend, ctx.tolerance), _needs(ctx, 13)
+    arguments, needs = (*ctx.arguments, ctx.backend, ctx.tolerance), ctx.needs
     before = None
     if ctx.activation not in FROM_OUTPUT:
         before = convolution(input, weight, *arguments, bias=bias)
@@ -328,9 +378,7 @@ def _block_impl(
             input, weights, biases, stride, padding, activations, residual,
             backend=backend, tolerance=tolerance, max_workspace_bytes=max_workspace_bytes,
         )  # fmt: skip
-        if len(_routes) >= MAX_ROUTES:
-            _routes.clear()
-        found = _routes[key] = runner(plan)
+        found = remember(key, plan)
     return found(input, held_together(weights, found), biases, residual)
 
 
@@ -359,19 +407,12 @@ def _block_plan(
         last = stage is geometry.pointwise
         ops.check_extras(op, stage.out_channels, stage.y_shape, bias, residual if last else None)
     first, second, third = (b is not None for b in biases)
-    return planner.plan(
-        geometry,
-        dtype=dtype_of(input),
-        device=input.device.type,
-        precision=precision_of(input),
-        epilogue=(
-            Epilogue(first, activations[0]),
-            Epilogue(second, activations[1]),
-            Epilogue(third, activations[2], residual is not None),
-        ),
-        layout=ops.layout_of(input),
-        **choice,
+    epilogue = (
+        Epilogue(first, activations[0]),
+        Epilogue(second, activations[1]),
+        Epilogue(third, activations[2], residual is not None),
     )
+    return _plan(geometry, input, epilogue, **choice)
 
 
 _STAGES = ("temporal", "depthwise", "pointwise")
@@ -425,7 +466,7 @@ def _block_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _block_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """The stages once more, of tensors that know where they come from, and backwards."""
     input, *rest, residual = ctx.saved_tensors
-    weights, biases, needs = rest[:3], rest[3:], _needs(ctx, 14)
+    weights, biases, needs = rest[:3], rest[3:], ctx.needs
     inputs, before = [input], []
     for i, (stage, activation) in enumerate(zip(ctx.stages, ctx.activations, strict=True)):
         z = convolution(inputs[i], weights[i], *stage, *ctx.choice, bias=biases[i])
@@ -448,36 +489,16 @@ def _block_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(found)
 
 
-def _in_precision_of_autocast(name: str, device: str) -> Any:
-    """As PyTorch's own convolutions: float tensors are cast, except float64."""
-
-    def kernel(*args: Any, **kwargs: Any) -> Tensor:
-        dtype = torch.get_autocast_dtype(device)
-
-        def cast(value: Any) -> Any:
-            if not isinstance(value, Tensor) or value.device.type != device:
-                return value
-            single = value.is_floating_point() and value.dtype != torch.float64
-            return value.to(dtype) if single else value
-
-        kwargs = {key: cast(value) for key, value in kwargs.items()}
-        with torch.autocast(device, enabled=False):
-            return getattr(torch.ops.fastconv, name).default(*map(cast, args), **kwargs)
-
-    return kernel
-
-
-for _name, _impl, _fake, _context, _backward in (
-    ("conv", _conv_impl, _conv_fake, _conv_context, _conv_backward),
-    ("separable_block", _block_impl, _block_fake, _block_context, _block_backward),
-):
-    _library.impl(_name, _impl, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastconv::{_name}", _fake, lib=_library)
-    torch.library.register_autograd(
-        f"fastconv::{_name}", _backward, setup_context=_context, lib=_library
-    )
-    _library.impl(_name, _in_precision_of_autocast(_name, "cpu"), "AutocastCPU")
-    _library.impl(_name, _in_precision_of_autocast(_name, "cuda"), "AutocastCUDA")
+register(_library, "conv", _conv_impl, _conv_fake, _conv_context, _conv_backward, autocast=True)
+register(
+    _library,
+    "separable_block",
+    _block_impl,
+    _block_fake,
+    _block_context,
+    _block_backward,
+    autocast=True,
+)
 
 
 def new_state(shape: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor]:

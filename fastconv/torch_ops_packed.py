@@ -35,8 +35,8 @@ class PackedWeights:
     """The packed forms of one weight tensor, for as long as nobody writes it.
 
     A write is seen by PyTorch's version counter. An optimiser may write what it trains without
-    being counted, so its step is a write of every tensor with a gradient. Writes through `.data` and
-    other aliases elsewhere are seen by comparing elements, of large tensors a sample of them.
+    being counted, so its step is a write of every tensor with a gradient. Writes elsewhere, through
+    `.data` and other aliases, are seen by comparing elements, of large tensors a sample of them.
     Inference tensors have no counter: there all elements are compared.
     """
 
@@ -44,7 +44,7 @@ class PackedWeights:
         self._pointer, self._version, self._steps = weight.data_ptr(), _version(weight), _steps
         self._sample = _sample(weight)
         self._values = self._sample.tobytes()
-        # By runner: the form, the stream and event of its packing, what it was packed together with.
+        # By runner: the form, stream and event of its packing, what it was packed together with.
         self._packed: dict[Any, tuple[Any, Any, Any, tuple[Any, ...]]] = {}
 
     def are_of(self, weight: Tensor) -> bool:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from math import prod
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import backends, ops, torch_memory
+from .counts import ELEMENT_BYTES
 from .epilogue import Epilogue
 from .plan import CONTIGUOUS, Plan
 from .torch_ops_packed import ON_TENSORS, held_weights, view
@@ -31,7 +34,11 @@ class Runner:
         self._run = module.run
         self._size_of = module.workspace_size
         self._sizes: dict[int, int] = {}  # by number of threads
-        self._y_shape = plan.geometry.y_shape
+        self._y_shape, self._y_strides = plan.geometry.y_shape, None
+        y_bytes = prod(self._y_shape) * ELEMENT_BYTES[plan.dtype]
+        if plan.device != "cpu" or y_bytes < torch_memory.SMALLEST:
+            # PyTorch's allocator has memory at hand.
+            self._y_strides = dense_strides(self._y_shape, plan.layout)
         # PyTorch's convolution allocates its own result: one pass over memory less than `run`.
         plain = isinstance(plan.epilogue, Epilogue) and plan.epilogue.plain
         direct = plan.backend == "torch" and plan.family in ("grouped", "depthwise")
@@ -46,7 +53,10 @@ class Runner:
             return dense(self._convolve(x, packed, bias, self.plan.geometry), layout)
         residual = dense(residual, layout)
         bias = tuple(map(_flat, bias)) if isinstance(bias, tuple) else _flat(bias)
-        y = new_dense(self._y_shape, x, layout)
+        if self._y_strides is None:
+            y = new_dense(self._y_shape, x, layout)
+        else:
+            y = x.new_empty_strided(self._y_shape, self._y_strides)
         if not y.numel():
             return y
         if self.plan.backend in ON_TENSORS:
@@ -66,6 +76,32 @@ class Runner:
         workspace = ops.workspace(size, y_view.dtype)
         self._run(self.plan, x_view, packed, b, view(residual), y_view, workspace)
         return y
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Ordinary dense tensors of one device and precision in an ordinary call: no gradient is
+    asked for, nobody traces, transforms or watches, and no operator is needed for anything else."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    first = tensors[0]
+    if first is None or type(first) is not Tensor or first.layout is not torch.strided:
+        return False
+    dtype, device, differentiable = first.dtype, first.device, torch.is_grad_enabled()
+    if device.type == "meta" or torch.is_autocast_enabled(device.type):
+        return False
+    for t in tensors:
+        if t is None:
+            continue
+        if type(t) not in _ORDINARY or t.is_neg():
+            return False
+        if t.dtype != dtype or t.device != device or (differentiable and t.requires_grad):
+            return False
+    return True
+
+
+_ORDINARY = (Tensor, torch.nn.Parameter)
 
 
 def _flat(bias: Tensor | None) -> Tensor | None:
@@ -115,6 +151,16 @@ def new_dense(shape: Sequence[int], like: Tensor, layout: str) -> Tensor:
     else:
         y = like.new_empty(memory)
     return y if layout == CONTIGUOUS else y.movedim(-1, 1)
+
+
+def dense_strides(shape: Sequence[int], layout: str) -> tuple[int, ...]:
+    """Strides of a tensor (N, C, *size) that is dense in a layout."""
+    order = range(len(shape)) if layout == CONTIGUOUS else (0, *range(2, len(shape)), 1)
+    strides, step = [0] * len(shape), 1
+    for axis in reversed(order):
+        strides[axis] = step
+        step *= max(shape[axis], 1)
+    return tuple(strides)
 
 
 def dense(tensor: MaybeTensor, layout: str) -> MaybeTensor:
