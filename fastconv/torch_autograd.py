@@ -20,21 +20,17 @@ from .errors import GeometryError
 from .geometry import Geometry
 from .layouts import layout_of
 from .torch_ops_gradients import input_gradient, weight_gradient
-from .torch_ops_register import register
+from .torch_ops_register import define, register
 from .torch_ops_runner import new_dense
 
-library = torch.library.Library("fastconv", "FRAGMENT")
-_TAGS = (torch.Tag.pt2_compliant_tag,)
-library.define(
+define(
     "conv_input_gradient(Tensor grad, Tensor weight, SymInt[] input_size, int[] stride, "
     "int[] padding, int[] dilation, int group_outputs, str layout, str backend='auto', "
-    "float tolerance=4.0) -> Tensor",
-    tags=_TAGS,
+    "float tolerance=4.0) -> Tensor"
 )
-library.define(
+define(
     "conv_weight_gradient(Tensor grad, Tensor input, int[] weight_size, int[] stride, "
-    "int[] padding, int[] dilation, str layout, str backend='auto', float tolerance=4.0) -> Tensor",
-    tags=_TAGS,
+    "int[] padding, int[] dilation, str layout, str backend='auto', float tolerance=4.0) -> Tensor"
 )
 
 
@@ -264,9 +260,5 @@ def through_activation(
 
 FROM_OUTPUT = ("none", "relu", "sigmoid")  # activations that need no recomputed input
 
-register(
-    library, "conv_input_gradient", _input_impl, _input_fake, _input_context, _input_backward
-)
-register(
-    library, "conv_weight_gradient", _weight_impl, _weight_fake, _weight_context, _weight_backward
-)
+register("conv_input_gradient", _input_impl, _input_fake, _input_context, _input_backward)
+register("conv_weight_gradient", _weight_impl, _weight_fake, _weight_context, _weight_backward)

@@ -214,9 +214,7 @@ def _strides_and_sizes(geometry: Geometry) -> list[tuple[int, int]]:
     return list(zip(geometry.stride, geometry.in_size, strict=True))
 
 
-def _axis(
-    geometry: Geometry, axis: int, first: int
-) -> tuple[slice, tuple[int, int], int] | None:
+def _axis(geometry: Geometry, axis: int, first: int) -> tuple[slice, tuple[int, int], int] | None:
     """Of the inputs first, first + stride, ...: their taps, the padding of gy, and its dilation.
 
     Input i reads output o under tap k where o * stride + k * dilation - padding = i. Taps that

@@ -47,8 +47,13 @@ class PackedWeights:
         # By runner: the form, stream and event of its packing, what it was packed together with.
         self._packed: dict[Any, tuple[Any, Any, Any, tuple[Any, ...]]] = {}
 
-    def are_of(self, weight: Tensor) -> bool:
-        """Whether this is still the memory and the content that was packed."""
+    def are_of(self, weight: Tensor, frozen: bool = False) -> bool:
+        """Whether this is still the memory and the content that was packed.
+
+        frozen: nobody writes it without being counted
+        """
+        if frozen:
+            return _version(weight) == self._version and weight.data_ptr() == self._pointer
         if weight.is_inference() and weight.device.type != "cpu":
             return False  # nothing tells
         return (
@@ -95,11 +100,11 @@ def _moment(weight: Tensor) -> tuple[Any, Any]:
     return stream, stream.record_event()
 
 
-def held_weights(weight: Tensor) -> PackedWeights:
+def held_weights(weight: Tensor, frozen: bool = False) -> PackedWeights:
     """The packed weights kept for a tensor, new ones if it was written meanwhile."""
     key = id(weight)
     known = _packed.get(key)
-    if known is not None and known[0]() is weight and known[1].are_of(weight):
+    if known is not None and known[0]() is weight and known[1].are_of(weight, frozen):
         return known[1]
     held = PackedWeights(weight)
 

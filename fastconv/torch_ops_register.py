@@ -19,8 +19,15 @@ _PLAIN = tuple(
 )
 
 
+library = torch.library.Library("fastconv", "FRAGMENT")
+
+
+def define(schema: str) -> None:
+    """An operator of the namespace `fastconv`; `register` gives it what it does."""
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
 def register(
-    library: torch.library.Library,
     name: str,
     impl: Callable[..., Tensor],
     fake: Callable[..., Tensor],
@@ -28,7 +35,7 @@ def register(
     backward: Callable[..., tuple[Tensor | None, ...]],
     autocast: bool = False,
 ) -> None:
-    """Give an operator that `library` defines all it needs; arguments as for torch.library.
+    """Give a defined operator all that it needs; functions as for torch.library.
 
     autocast: cast as PyTorch's own convolutions do
     """
