@@ -28,6 +28,8 @@ int fc_isa_usable(int isa) { return sets[isa]->usable(); }
 
 int fc_isa_lanes(int isa) { return sets[isa]->lanes; }
 
+const fc_isa *fc_isa_of(int isa) { return sets[isa]; }
+
 /* OpenMP's threads do not survive a fork: waiting for them would last for ever. */
 static int alone = 0;
 
@@ -108,7 +110,7 @@ int64_t fc_copies_size(const fc_plan *p) {
     return FC_LINE + table + fc_lines(x) + (p->has_residual ? 2 : 1) * fc_lines(y);
 }
 
-static float *line_up(intptr_t workspace) {
+float *fc_line_up(intptr_t workspace) {
     intptr_t line = FC_LINE * (intptr_t)sizeof(float);
     return (float *)((workspace + line - 1) / line * line);
 }
@@ -140,7 +142,7 @@ void fc_run(const fc_plan *p, intptr_t x, intptr_t weights, intptr_t bias, intpt
                    .bias = {(const float *)bias, (const float *)bias1, (const float *)bias2},
                    .residual = (const float *)residual,
                    .y = (float *)y,
-                   .workspace = line_up(workspace),
+                   .workspace = fc_line_up(workspace),
                    .threads = threads};
     if (!p->contiguous) {
         isa->run[p->family](p->params, &a);
@@ -184,7 +186,7 @@ void fc_step(const fc_plan *p, intptr_t x, intptr_t weights, intptr_t bias, intp
                    .bias = {(const float *)bias},
                    .residual = (const float *)residual,
                    .y = (float *)y,
-                   .workspace = line_up(workspace),
+                   .workspace = fc_line_up(workspace),
                    .threads = threads};
     const float **frames = (const float **)a.workspace;
     a.workspace += table_size(p);

@@ -11,6 +11,7 @@
 #include "grouped.h"
 #include "hfa.h"
 #include "continual.h"
+#include "gradients.h"
 #include "families.h"
 
 #define FC_LINE 16 /* floats of a cache line */
@@ -36,7 +37,16 @@ typedef struct {
     /* Each of `images` matrices (rows, columns), rows from_stride apart, to (columns, rows). */
     void (*transpose)(const float *from, int64_t from_stride, float *to, int64_t images,
                       int64_t rows, int64_t columns, int threads);
+    /* As in gradients.h, channels last; the workspace begins at a cache line. */
+    void (*weight_gradient)(const fc_gradient *params, const float *x, const float *gy, float *gw,
+                            float *workspace, int threads);
+    void (*input_gradient)(const fc_gradient *params, const float *gy, const float *w, float *gx,
+                           float *workspace, int threads);
 } fc_isa;
+
+const fc_isa *fc_isa_of(int isa);
+/* The first cache line of a workspace. */
+float *fc_line_up(intptr_t workspace);
 
 /* Call item(context, i, thread) for every i below items, in any order; thread < threads. */
 typedef void (*fc_item)(void *context, int64_t i, int thread);

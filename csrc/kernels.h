@@ -10,6 +10,8 @@
 #include "grouped.c"
 #include "hfa.c"
 #include "continual.c"
+#include "weight_gradient.h"
+#include "input_gradient.h"
 
 const fc_isa ISA = {
     .name = ISA_NAME,
@@ -17,6 +19,8 @@ const fc_isa ISA = {
     .usable = usable,
     .transpose = transpose,
     .step = continual_frames,
+    .weight_gradient = weight_gradient,
+    .input_gradient = input_gradient,
     .run = {[FC_WINOGRAD] = winograd_run,
             [FC_DEPTHWISE] = depthwise_run,
             [FC_GROUPED] = grouped_run,

@@ -126,7 +126,7 @@ class _Conv(nn.modules.conv._ConvNd):
             widths = self._reversed_padding_repeated_twice
             input = nn.functional.pad(input, widths, mode=self.padding_mode)
             padding = (0,) * len(self.kernel_size)
-        if self._is_plain(input, weight, bias):
+        if input.dim() == weight.dim() and torch_ops.is_plain(input, weight, bias):
             held = self._held
             if held is None or not held.are_of(weight):
                 held = self._held = torch_ops.held_weights(weight)
@@ -148,20 +148,6 @@ class _Conv(nn.modules.conv._ConvNd):
             tolerance=self.tolerance,
             max_workspace_bytes=self.max_workspace_bytes,
         )
-
-    def _is_plain(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-        """An ordinary batch, no gradient, nobody tracing: may skip the operator and its checks."""
-        dtype, device = input.dtype, input.device
-        if type(input) is not Tensor or input.dim() != weight.dim() or weight.dtype != dtype:
-            return False
-        if weight.device != device or device.type == "meta" or torch.compiler.is_compiling():
-            return False
-        needs_grad = input.requires_grad or weight.requires_grad
-        if bias is not None:
-            needs_grad = needs_grad or bias.requires_grad
-            if bias.dtype != dtype or bias.device != device:
-                return False
-        return not (needs_grad and torch.is_grad_enabled())
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_runners": {}, "_held": None}
