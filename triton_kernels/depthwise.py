@@ -52,9 +52,7 @@ def launches(plan: Plan) -> tuple[launch.Launch, ...]:
     if not prod(g.y_shape):
         return ()
     return (
-        kernel_launch(
-            Pass(plan, options=plan.options), ("x", "packed", "bias", "residual", "y")
-        ),
+        kernel_launch(Pass(plan, options=plan.options), ("x", "packed", "bias", "residual", "y")),
     )
 
 

@@ -37,9 +37,7 @@ class Axis:
 
 def forward(outs: int, kernel: int, stride: int, dilation: int) -> Axis:
     """A tile of `outs` outputs; its position 0 is the input under the first output's first tap."""
-    reads = tuple(
-        tuple((k, i * stride + k * dilation) for k in range(kernel)) for i in range(outs)
-    )
+    reads = tuple(tuple((k, i * stride + k * dilation) for k in range(kernel)) for i in range(outs))
     return Axis(reads, outs * stride)
 
 

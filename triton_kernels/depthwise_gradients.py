@@ -200,6 +200,7 @@ def _first_stage(plan: Plan, splits: int) -> launch.Launch:
         vector=share.vector,
         channels_last=last,
         multiplied=share.multiplier > 1,
+        ahead=bool(plan.options.get("ahead", 0)),
         wide=wide,
     )
     before = [-pair[0] for pair in g.padding]
@@ -218,4 +219,5 @@ def _first_stage(plan: Plan, splits: int) -> launch.Launch:
         scalars=scalars,
         constants=(("P", share.positions), ("C", share.channels)),
         warps=share.warps,
+        registers=plan.options.get("registers", 0),
     )

@@ -12,8 +12,7 @@ from . import depthwise_axes as axes
 from . import depthwise_source, emit, launch
 
 PROCESSORS = 132  # multiprocessors of an H100 or H200
-MOST_UNROLLED = 1500  # products per element that are written out, so that sums need not move
-MOST_AHEAD = 32  # elements per thread that are loaded before the first of them is used
+MOST_AHEAD = 16  # elements per thread that are loaded before the first of them is used
 MOST_TAPS = 1000  # all are written out
 
 
@@ -93,8 +92,9 @@ class Blocks:
     """The tuning choice.
 
     vector         channels of a lane
-    elements       outputs per thread, tile and frame: lanes per thread times vector
+    elements       channels of a thread: its lanes times vector
     rows, columns  outputs of a tile
+    registers      as in `launch.Launch`
     """
 
     vector: int
@@ -102,6 +102,7 @@ class Blocks:
     rows: int
     columns: int
     warps: int
+    registers: int
 
     @property
     def lanes(self) -> int:
@@ -111,32 +112,43 @@ class Blocks:
 def blocks(p: Pass) -> Blocks:
     """The plan's own choice, what it leaves open by rule.
 
-    A tile of several outputs reads its halo once. Along a row, neighbouring threads share theirs in
-    the L1 cache when the row is contiguous, so that tiles are columns there.
+    A tile of several outputs reads its halo once. Where neighbouring threads are neighbouring
+    columns, the L1 cache does that for the columns. Sums of all ages, and the weights, are kept for
+    each element, so that taps in time and space leave registers for fewer of them.
     """
     g, options = p.geometry, p.options
-    flat = g.kernel[1:] == (1, 1)
+    flat, volume = g.kernel[1:] == (1, 1), g.kernel[0] > 1 and g.kernel[1:] != (1, 1)
     widest = 1
     if p.channels_last and p.multiplier == 1:
-        bytes_each = 4 if p.plan.dtype == "float32" else 2
-        widest = gcd(g.out_channels, 16 // bytes_each)
-    vector = min(widest, options.get("vector", 4 if flat or g.kernel[0] == 1 else 2))
-    height, width = p.written_shape[3:]
-    rows = 1 if flat else _fit(height, 2 if p.channels_last else 4)
-    columns = 1 if flat or not p.channels_last else _fit(width, 2)
-    elements = options.get("elements", 4 if flat else 2 if p.channels_last else 1)
+        widest = gcd(g.out_channels, 16 // launch_bytes(p.plan.dtype))
+    vector = min(widest, options.get("vector", 2 if volume else 4))
+    few = (2 if flat else 1) if not p.channels_last else 2 if volume else 4
+    elements = max(vector, options.get("elements", few))
+    rows = 1 if flat else _tile(p, 1, 4)
+    columns = _tile(p, 2, 2) if volume and p.channels_last else 1
     return Blocks(
         vector,
-        max(vector, elements),
+        elements,
         options.get("rows", rows),
         options.get("columns", columns),
         options.get("warps", 4),
+        options.get("registers", 0),
     )
 
 
-def _fit(extent: int, most: int) -> int:
-    """The tile of at most so many outputs that wastes least at the end, the largest such."""
-    return max(range(1, most + 1), key=lambda tile: (-(-(-extent // tile) * tile), tile))
+def launch_bytes(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
+
+
+def _tile(p: Pass, axis: int, most: int) -> int:
+    """Outputs of a tile along an axis: little waste at the end and few inputs per output."""
+    g, extent = p.geometry, p.written_shape[2 + axis]
+
+    def cost(outs: int) -> float:
+        inputs = g.span[axis] + (outs - 1) * (1 if p.backward else g.stride[axis])
+        return -(-extent // outs) * (2 * outs + inputs)
+
+    return min(range(1, most + 1), key=lambda outs: (cost(outs), -outs))
 
 
 def structure(p: Pass, b: Blocks) -> depthwise_source.Structure:
@@ -144,12 +156,13 @@ def structure(p: Pass, b: Blocks) -> depthwise_source.Structure:
     g, e = p.geometry, p.plan.epilogue
     time = p.stream()[0]
     height, width = p.axis(1, b.rows)[0], p.axis(2, b.columns)[0]
-    products = prod(g.kernel) * height.outs * width.outs * time.outs
     several = p.channels == depthwise_source.SEVERAL_INPUTS
     held = not several and prod(g.kernel) * b.elements <= p.options.get("held", 64)
-    unrolled = p.options.get("unroll", int(products * time.ring <= MOST_UNROLLED)) and not several
+    unrolled = p.options.get("unroll", int(g.kernel[1:] == (1, 1))) and not several
     unroll = time.ring if unrolled else 1
-    loaded = unroll * len(time.frames) * len(height.positions) * len(width.positions) * b.elements
+    written = unroll * len(time.frames) * len(height.positions)
+    row = len(width.positions) * b.elements
+    ahead = p.options.get("ahead", max(1, MOST_AHEAD // row))
     return depthwise_source.Structure(
         time=time,
         height=height,
@@ -161,7 +174,7 @@ def structure(p: Pass, b: Blocks) -> depthwise_source.Structure:
         backward=p.backward,
         hold=held,
         unroll=unroll,
-        ahead=bool(p.options.get("ahead", loaded <= MOST_AHEAD)) and not several,
+        ahead=0 if several else min(written, ahead),
         wide=wide(p, b),
         bias=e.bias and not p.backward,
         residual=e.residual and not p.backward,
@@ -194,7 +207,7 @@ def frames_per_walk(p: Pass, programs: int) -> int:
 
 def strides(shape: tuple[int, ...], channels_last: bool) -> tuple[int, ...]:
     """Elements between neighbours along (N, C, T, H, W) of a dense array."""
-    n, c, t, h, w = shape
+    _, c, t, h, w = shape
     if channels_last:
         return (t * h * w * c, 1, h * w * c, w * c, c)
     return (c * t * h * w, t * h * w, h * w, w, 1)
@@ -236,4 +249,5 @@ def kernel_launch(p: Pass, arrays: tuple[str, ...]) -> launch.Launch:
         ),
         constants=tuple(constants.items()),
         warps=b.warps,
+        registers=b.registers,
     )

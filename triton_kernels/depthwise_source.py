@@ -7,7 +7,7 @@ walks along time (see `depthwise_axes.Stream`) and keeps the frames of sums in r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -16,7 +16,6 @@ from .depthwise_axes import Axis, Stream
 
 SEVERAL_OUTPUTS = "several outputs"  # of one input channel
 SEVERAL_INPUTS = "several inputs"  # summed to one output channel, as in its gradient
-LIVE = 64  # elements per thread that are loaded before their first use
 
 
 @dataclass(frozen=True)
@@ -27,9 +26,9 @@ class Structure:
     vector    channels of a lane
     channels  "", SEVERAL_OUTPUTS or SEVERAL_INPUTS
     backward  the gradient of the input: x is that of the outputs
-    hold      weights stay in registers; otherwise they are loaded at every step
+    hold      weights stay in registers; otherwise each is loaded where it is used
     unroll    steps written out: the ring's length, so that sums need not move, or 1
-    ahead     the frames of all steps written out are loaded before the first one's sums
+    ahead     rows of a tile's input that are loaded before they are used
     wide      64-bit offsets
     """
 
@@ -43,7 +42,7 @@ class Structure:
     backward: bool = False
     hold: bool = True
     unroll: int = 1
-    ahead: bool = False
+    ahead: int = 0
     wide: bool = False
     bias: bool = False
     residual: bool = False
@@ -61,9 +60,12 @@ class Structure:
         return (step - age) % self.time.ring if self.unroll > 1 else age
 
 
-INTEGERS = tuple(
-    "units chunks frames multiplier vectors columns rows T H W OT OH OW "
-    "in_t in_h in_w out_t out_h out_w xn xc xt xh xw yn yc yt yh yw".split()
+STRIDES = ("xn", "xc", "xt", "xh", "xw", "yn", "yc", "yt", "yh", "yw")
+INTEGERS = (
+    *("units", "chunks", "frames", "multiplier", "vectors", "columns", "rows"),
+    *("T", "H", "W", "OT", "OH", "OW"),
+    *("in_t", "in_h", "in_w", "out_t", "out_h", "out_w"),
+    *STRIDES,
 )
 
 
@@ -76,14 +78,10 @@ def source(s: Structure) -> str:
     """
     before = [*_strides(s), *_coordinates(s), *_edges(s)]
     if s.hold:
-        before += _weights(s)
+        before += _weights(s, s.taps)
     if s.bias:
         before += ["bias = tl.load(bias_ptr + k).to(tl.float32)"]
     before += _start(s)
-    steps = []
-    if s.ahead:
-        steps += [line for step in range(s.unroll) for line in _frames(s, step)]
-    steps += [line for step in range(s.unroll) for line in _step(s, step)]
     return "\n".join(
         [
             f"def depthwise(x_ptr, w_ptr, bias_ptr, residual_ptr, y_ptr, {', '.join(INTEGERS)},",
@@ -91,7 +89,7 @@ def source(s: Structure) -> str:
             "    HAS_RESIDUAL: tl.constexpr):",
             emit.indented(before),
             f"    for base in range(0, count + {s.time.ring - 1}, {s.unroll}):",
-            emit.indented(steps, 2),
+            emit.indented(list(_walk(s)), 2),
             "",
         ]
     )
@@ -99,7 +97,7 @@ def source(s: Structure) -> str:
 
 def _strides(s: Structure) -> Iterator[str]:
     """Strides in elements."""
-    for name in "xn xc xt xh xw yn yc yt yh yw".split():
+    for name in STRIDES:
         if s.wide:
             yield f"{name} = tl.cast({name}, tl.int64)"
         if s.vector > 1:
@@ -113,10 +111,12 @@ def _coordinates(s: Structure) -> Iterator[str]:
     yield "block = pid // chunks"
     if s.wide:
         yield "block = block.to(tl.int64)"
-    yield "unit = block * G + tl.arange(0, G)[:, None]"
+    # Without vectors the blocks have one axis: of two, Triton would lay them out in several ways.
+    yield "unit = block * G + tl.arange(0, G)" + ("[:, None]" if s.vector > 1 else "")
     yield "inside = unit < units"
     if s.channels_last:
-        yield f"k = unit % vectors * {s.vector} + tl.arange(0, {s.vector})[None, :]"
+        lane = f" * {s.vector} + tl.arange(0, {s.vector})[None, :]" if s.vector > 1 else ""
+        yield f"k = unit % vectors{lane}"
         yield "rest = unit // vectors"
         yield "column = rest % columns"
         yield "rest = rest // columns"
@@ -152,26 +152,43 @@ def _coordinates(s: Structure) -> Iterator[str]:
 
 
 def _edges(s: Structure) -> Iterator[str]:
-    """Which rows and columns of a tile exist."""
-    for name, axis, extent in (("h", s.height, "H"), ("w", s.width, "W")):
-        for i, p in enumerate(axis.positions):
-            yield f"has_{name}{i} = ({name} + {p} >= 0) & ({name} + {p} < {extent})"
-    for name, axis, extent in (("oh", s.height, "OH"), ("ow", s.width, "OW")):
-        for i in range(axis.outs):
-            low = f"({name} + {i} >= 0) & " if s.backward else ""
-            yield f"has_{name}{i} = {low}({name} + {i} < {extent})"
-    for i in range(len(s.height.positions)):
-        yield f"has_h{i} = has_h{i} & inside"
-    for i in range(s.height.outs):
-        yield f"has_oh{i} = has_oh{i} & inside"
+    """Columns, and how many of them a row of the tile has: all, or none if it does not exist.
+
+    One comparison is then all that a load needs, and no register has to keep its result.
+    """
+    yield from extents("h", s.height.positions, "H", "w", s.width.positions, "W", "inside")
+    outs = range(s.height.outs), range(s.width.outs)
+    yield from extents("oh", outs[0], "OH", "ow", outs[1], "OW", "inside")
 
 
-def _weights(s: Structure) -> list[str]:
+def extents(
+    row: str,
+    rows: Sequence[int],
+    height: str,
+    column: str,
+    columns: Sequence[int],
+    width: str,
+    inside: str,
+) -> Iterator[str]:
+    """`at_column0`, ...: a tile's columns without sign; `of_row0`, ...: how many its rows have."""
+    for j, place in enumerate(columns):
+        yield f"at_{column}{j} = ({column} + {place}).to(tl.uint32)"
+    for i, place in enumerate(rows):
+        exists = f"({row} + {place} >= 0) & ({row} + {place} < {height}) & {inside}"
+        yield f"of_{row}{i} = tl.where({exists}, {width}, 0).to(tl.uint32)"
+
+
+def within(row: str, i: int, column: str, j: int, condition: str) -> str:
+    """Whether an element of a tile exists under a scalar condition."""
+    return f"at_{column}{j} < tl.where({condition}, of_{row}{i}, 0).to(tl.uint32)"
+
+
+def _weights(s: Structure, taps: list[int]) -> list[str]:
     channel, tap = ("1", "yw") if s.channels_last else (str(len(s.taps)), "1")
     if s.backward and s.channels_last:
         tap = "xw"  # as many channels as the weights
     m = f" + m * {channel}" if s.channels == SEVERAL_INPUTS else ""
-    return [f"w{t} = tl.load(w_ptr + (weight{m} + {t} * {tap})).to(tl.float32)" for t in s.taps]
+    return [f"w{t} = tl.load(w_ptr + (weight{m} + {t} * {tap})).to(tl.float32)" for t in taps]
 
 
 def _sums(s: Structure, slot: int, out: int) -> list[str]:
@@ -179,107 +196,115 @@ def _sums(s: Structure, slot: int, out: int) -> list[str]:
 
 
 def _zero(s: Structure, name: str) -> str:
-    return f"{name} = tl.zeros([G, {s.vector}], tl.float32)"
+    return f"{name} = tl.zeros([G{f', {s.vector}' if s.vector > 1 else ''}], tl.float32)"
 
 
 def _start(s: Structure) -> list[str]:
-    """Sums that are carried from step to step begin at zero."""
-    if s.time.ring == 1:
-        return []
-    return [_zero(s, name) for slot in range(s.time.ring) for name in _sums(s, slot, 0)]
-
-
-def _step(s: Structure, step: int) -> Iterator[str]:
-    newest = s.age(0, step)
-    if s.channels == SEVERAL_INPUTS:
-        # The loop over inputs is inside of the walk: their sums are the same.
-        yield from (_zero(s, z) for out in range(s.time.outs) for z in _sums(s, newest, out))
-        yield "for m in range(multiplier):"
-        body = [] if s.hold else _weights(s)
-        body += _products(s, step, {z for o in range(s.time.outs) for z in _sums(s, newest, o)})
-        yield from ("    " + line for line in body)
-    else:
-        if not s.hold:
-            yield from _weights(s)
-        yield from _products(s, step, set())
-    yield from _store(s, step)
-    if s.unroll == 1:
-        for slot in range(s.time.ring - 1, 0, -1):
-            older, newer = _sums(s, slot, 0), _sums(s, slot - 1, 0)
-            yield from (f"{a} = {b}" for a, b in zip(older, newer, strict=True))
-
-
-def _frames(s: Structure, step: int) -> list[str]:
-    """Loads of all frames of a step."""
-    rows = range(len(s.height.positions))
-    return [
-        line
-        for frame in range(len(s.time.frames))
-        for line in _frame(s, step, frame) + [l for i in rows for l in _row(s, step, frame, i)]
-    ]
-
-
-def _frame(s: Structure, step: int, frame: int) -> list[str]:
-    """Where a frame lies, and whether it exists."""
-    m = " + m" if s.channels_last else " + m * xc"
-    return [
-        f"frame = f0 + (base + {step}) * {s.time.in_step} + {s.time.frames[frame]}",
-        "has_f = (frame >= 0) & (frame < T)",
-        f"x_f = x_ptr + frame * xt{m if s.channels == SEVERAL_INPUTS else ''}",
-    ]
-
-
-def _row(s: Structure, step: int, frame: int, row: int) -> list[str]:
-    """Loads of one row of a frame."""
-    across = " * xw" if s.channels_last else ""
-    lines = [f"x_r = x_f + (read + {s.height.positions[row]} * xh)"]
-    for j, column in enumerate(s.width.positions):
-        mask = f"has_h{row} & has_w{j} & has_f"
-        load = f"tl.load(x_r + {column}{across}, mask={mask}, other=0.0).to(tl.float32)"
-        lines.append(f"{_value(step, frame, row, j)} = {load}")
+    """Sums that are carried from step to step begin at zero; the first rows are loaded."""
+    lines = []
+    if s.time.ring > 1:
+        lines += [_zero(s, name) for slot in range(s.time.ring) for name in _sums(s, slot, 0)]
+    rows = _order(s)[: s.ahead]
+    if rows:
+        lines += ["base = 0", *(line for q in range(len(rows)) for line in _load(s, q))]
     return lines
+
+
+def _order(s: Structure) -> list[tuple[int, int, int]]:
+    """(step, frame of it, row of the tile's input) in the order of their use."""
+    return list(product(range(s.unroll), range(len(s.time.frames)), range(len(s.height.positions))))
+
+
+def _walk(s: Structure) -> Iterator[str]:
+    """The steps written out: rows are loaded `ahead` of their use, as many as the order has."""
+    if s.channels == SEVERAL_INPUTS:
+        yield from _sum_of_inputs(s)
+        return
+    order, begun = _order(s), set()
+    for q, (step, frame, row) in enumerate(order):
+        later = q + s.ahead
+        load = list(_load(s, later, first=q == 0))
+        if s.ahead < len(order):
+            yield from load
+        yield from _products(s, step, frame, row, begun)
+        if s.ahead == len(order):
+            yield from load
+        if (frame, row) == order[-1][1:]:
+            yield from _complete(s, step, begun)
+            begun = set()
+
+
+def _sum_of_inputs(s: Structure) -> Iterator[str]:
+    """One step; the loop over input channels is inside of the walk, for they share the sums."""
+    begun = {z for out in range(s.time.outs) for z in _sums(s, 0, out)}
+    yield from (_zero(s, z) for z in sorted(begun))
+    yield "for m in range(multiplier):"
+    for q, (step, frame, row) in enumerate(_order(s)):
+        lines = [*_load(s, q), *_products(s, step, frame, row, begun)]
+        yield from ("    " + line for line in lines)
+    yield from _complete(s, 0, begun)
+
+
+def _load(s: Structure, q: int, first: bool = False) -> Iterator[str]:
+    """Load the q-th row in order, counted on into the next steps.
+
+    first: nothing is known yet about the row's frame
+    """
+    order = _order(s)
+    step, frame, row = order[q % len(order)]
+    if row == 0 or first:
+        steps = step + q // len(order) * s.unroll
+        m = " + m" if s.channels_last else " + m * xc"
+        yield f"frame = f0 + (base + {steps}) * {s.time.in_step} + {s.time.frames[frame]}"
+        yield "has_f = (frame >= 0) & (frame < T)"
+        yield f"x_f = x_ptr + frame * xt{m if s.channels == SEVERAL_INPUTS else ''}"
+    across = " * xw" if s.channels_last else ""
+    # The scalar sum first: one register with the lane's offset then serves all rows.
+    yield f"x_r = x_f + {s.height.positions[row]} * xh + read"
+    for j, column in enumerate(s.width.positions):
+        mask = within("h", row, "w", j, "has_f")
+        load = f"tl.load(x_r + {column}{across}, mask={mask}, other=0.0)"
+        yield f"{_value(step, frame, row, j)} = {load}"
 
 
 def _value(step: int, frame: int, row: int, column: int) -> str:
     return f"v{step}_{frame}_{row}_{column}"
 
 
-def _products(s: Structure, step: int, begun: set[str]) -> list[str]:
-    """What a step's frames add to the sums, of which `begun` have a value already."""
-    lines: list[str] = []
-    rows = range(len(s.height.positions))
-    by_row = len(rows) * len(s.width.positions) * s.vector > LIVE
-    for frame in range(len(s.time.frames)):
-        if not s.ahead:
-            lines += _frame(s, step, frame)
-            if not by_row:
-                lines += [line for i in rows for line in _row(s, step, frame, i)]
-        for i in rows:
-            if by_row and not s.ahead:
-                lines += _row(s, step, frame, i)
-            lines += _row_products(s, step, frame, i, begun)
-    newest = s.age(0, step)
-    for out in range(s.time.outs):
-        lines += [_zero(s, z) for z in _sums(s, newest, out) if z not in begun]
-    return lines
-
-
-def _row_products(s: Structure, step: int, frame: int, row: int, begun: set[str]) -> list[str]:
-    """What one row of a frame adds."""
-    lines = []
+def _products(s: Structure, step: int, frame: int, row: int, begun: set[str]) -> Iterator[str]:
+    """What a row adds to the sums, of which `begun` have a value already."""
+    columns = range(len(s.width.positions))
+    for j in columns:
+        yield f"u{j} = {_value(step, frame, row, j)}.to(tl.float32)"
     row_reads = _readers(s.height, s.height.positions[row])
-    for j, column in enumerate(s.width.positions):
-        for (oi, kh), (oj, kw) in product(row_reads, _readers(s.width, column)):
-            for which, age, out, kt in s.time.terms:
-                if which != frame:
-                    continue
+    loaded: set[int] = set()
+    for which, age, out, kt in s.time.terms:
+        if which != frame:
+            continue
+        for j in columns:
+            reads = product(row_reads, _readers(s.width, s.width.positions[j]))
+            for (oi, kh), (oj, kw) in reads:
+                tap = s.tap(kt, kh, kw)
+                if not s.hold and tap not in loaded:
+                    loaded.add(tap)
+                    yield from _weights(s, [tap])
                 z = f"z{s.age(age, step)}_{out}_{oi}_{oj}"
                 fresh = age == 0 and z not in begun
                 if fresh:
                     begun.add(z)
-                v = _value(step, frame, row, j)
-                lines.append(f"{z} {'=' if fresh else '+='} {v} * w{s.tap(kt, kh, kw)}")
-    return lines
+                yield f"{z} {'=' if fresh else '+='} u{j} * w{tap}"
+
+
+def _complete(s: Structure, step: int, begun: set[str]) -> Iterator[str]:
+    """The end of a step: sums that nothing was added to, what is complete, and the next ages."""
+    newest = s.age(0, step)
+    for out in range(s.time.outs):
+        yield from (_zero(s, z) for z in _sums(s, newest, out) if z not in begun)
+    yield from _store(s, step)
+    if s.unroll == 1:
+        for slot in range(s.time.ring - 1, 0, -1):
+            older, newer = _sums(s, slot, 0), _sums(s, slot - 1, 0)
+            yield from (f"{a} = {b}" for a, b in zip(older, newer, strict=True))
 
 
 def _readers(axis: Axis, position: int) -> list[tuple[int, int]]:
@@ -294,11 +319,11 @@ def _store(s: Structure, step: int) -> Iterator[str]:
     for out in range(s.time.outs):
         yield f"t = t0 + done * {s.time.out_step} + {out}"
         yield "has_t = (done >= 0) & (done < count) & (t >= 0) & (t < OT)"
-        yield "y_t = y_ptr + t * yt"
-        yield "residual_t = residual_ptr" + (" + t * yt" if s.residual else "")
         for i, j in product(range(s.height.outs), range(s.width.outs)):
             z = f"z{oldest}_{out}_{i}_{j}" + (" + bias" if s.bias else "")
+            yield f"place = t * yt + {i} * yh + {j}{across}"
+            residual = "residual_ptr" + (" + place" if s.residual else "")
             yield (
-                f"store(y_t, residual_t, written + ({i} * yh + {j}{across}), {z}, "
-                f"has_oh{i} & has_ow{j} & has_t, ACTIVATION, HAS_RESIDUAL)"
+                f"store(y_ptr + place, {residual}, written, {z}, "
+                f"{within('oh', i, 'ow', j, 'has_t')}, ACTIVATION, HAS_RESIDUAL)"
             )

@@ -14,6 +14,7 @@ from itertools import product
 
 from . import emit
 from .depthwise_axes import Axis, Stream
+from .depthwise_source import STRIDES, extents, within
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Structure:
     dilation    of each axis, for those that are shared out
     vector      channels that a thread loads at once
     multiplied  several outputs per input channel
+    ahead       a step's frames are loaded one step before their products
     wide        64-bit offsets
     """
 
@@ -35,19 +37,24 @@ class Structure:
     vector: int
     channels_last: bool
     multiplied: bool = False
+    ahead: bool = False
     wide: bool = False
 
 
-INTEGERS = tuple(
-    "units items splits chunks frames multiplier vectors blocks columns rows all_h all_w "
-    "T H W OT OH OW in_t in_h in_w xn xc xt xh xw yn yc yt yh yw".split()
+INTEGERS = (
+    *("units", "items", "splits", "chunks", "frames", "multiplier", "vectors", "blocks"),
+    *("columns", "rows", "all_h", "all_w"),
+    *("T", "H", "W", "OT", "OH", "OW"),
+    *("in_t", "in_h", "in_w"),
+    *STRIDES,
 )
 
 
 def source(s: Structure) -> str:
     """The kernel's text: partial[split, tap, k] in float32."""
     taps = [f"s{t}" for t in range(s.kernel[0] * s.kernel[1] * s.kernel[2])]
-    steps = [line for step in range(s.time.ring) for line in _step(s, step)]
+    unroll = s.time.ring + s.ahead  # frames of gradients that are kept
+    steps = [line for step in range(unroll) for line in _step(s, step)]
     return "\n".join(
         [
             f"def depthwise_weight(x_ptr, gy_ptr, partial_ptr, {', '.join(INTEGERS)},",
@@ -55,7 +62,7 @@ def source(s: Structure) -> str:
             emit.indented([*_program(s), *(f"{t} = tl.zeros([P, C], tl.float32)" for t in taps)]),
             "    for item in range(split, items, splits):",
             emit.indented([*_item(s), *_ring(s)], 2),
-            f"        for base in range(0, count + {s.time.ring - 1}, {s.time.ring}):",
+            f"        for base in range(0, count + {s.time.ring - 1}, {unroll}):",
             emit.indented(steps, 3),
             emit.indented(_finish(s, taps)),
             "",
@@ -65,7 +72,7 @@ def source(s: Structure) -> str:
 
 def _program(s: Structure) -> Iterator[str]:
     """Which channels, taps and share of the outputs the program has."""
-    for name in "xn xc xt xh xw yn yc yt yh yw".split():
+    for name in STRIDES:
         if s.wide:
             yield f"{name} = tl.cast({name}, tl.int64)"
         if s.vector > 1:
@@ -110,52 +117,78 @@ def _item(s: Structure) -> Iterator[str]:
     yield f"f0 = first * {t.in_step} + chunk % {t.residues} + in_t + dt"
     yield f"t0 = first * {t.out_step} + chunk % {t.residues}"
     yield f"count = tl.minimum(frames, (OT - t0 + {t.out_step - 1}) // {t.out_step})"
-    for name, axis, extent in (("h", s.height, "H"), ("w", s.width, "W")):
-        for i, p in enumerate(axis.positions):
-            yield f"has_{name}{i} = ({name} + {p} >= 0) & ({name} + {p} < {extent})"
+    rows, columns = s.height.positions, s.width.positions
+    yield from extents("h", rows, "H", "w", columns, "W", "(unit < units)")
 
 
 def _ring(s: Structure) -> Iterator[str]:
-    if s.time.ring > 1:
-        for slot, i, j in product(range(s.time.ring), range(s.height.outs), range(s.width.outs)):
-            yield f"g{slot}_{i}_{j} = tl.zeros([P, C], tl.float32)"
+    """The ring of gradients, and the first step's frames if they are loaded ahead."""
+    first = 1 if s.ahead else 0
+    for slot in range(first, s.time.ring + first if s.time.ring > 1 else 0):
+        yield from (
+            f"{g} = tl.zeros([P, C], gy_ptr.dtype.element_ty)" for g in _gradients(s, slot).values()
+        )
+    if s.ahead:
+        yield "base = 0"
+        yield from _loads(s, 0)
+
+
+def _gradients(s: Structure, slot: int) -> dict[tuple[int, int], str]:
+    places = product(range(s.height.outs), range(s.width.outs))
+    return {(i, j): f"g{slot}_{i}_{j}" for i, j in places}
 
 
 def _step(s: Structure, step: int) -> Iterator[str]:
-    """Load a frame of gradients and the frames of inputs of a step, and add their products."""
-    ring, time = s.time.ring, s.time
-    across = " * xw" if s.channels_last else ""
+    """Add the products of a step's frames, and load those of this step or of the next."""
+    slots = s.time.ring + s.ahead
+    yield from _loads(s, step + s.ahead)
+    for frame in range(len(s.time.frames)):
+        for i, j in product(range(len(s.height.positions)), range(len(s.width.positions))):
+            yield f"u{i}_{j} = v{step % slots}_{frame}_{i}_{j}.to(tl.float32)"
+        yield f"done = base + {step}"
+        yield f"frame = {_frame(s, frame)}"
+        for which, age, _, kt in s.time.terms:
+            if which == frame:
+                exists = "(frame >= 0) & (frame < T)"
+                yield f"if {exists} & (done >= {age}) & (done < count + {age}):"
+                yield from ("    " + line for line in _products(s, kt, (step - age) % slots))
+
+
+def _frame(s: Structure, frame: int) -> str:
+    return f"f0 + done * {s.time.in_step} + {s.time.frames[frame]}"
+
+
+def _loads(s: Structure, step: int) -> Iterator[str]:
+    """Load a frame of gradients and the frames of inputs of a step."""
+    slot = step % (s.time.ring + s.ahead)
+    x_across, y_across = (" * xw", " * yw") if s.channels_last else ("", "")
     yield f"done = base + {step}"
-    yield f"given_t = gy_ptr + (t0 + done * {time.out_step}) * yt"
+    yield f"given_t = gy_ptr + (t0 + done * {s.time.out_step}) * yt"
     yield "has_t = inside & (done < count)"
-    for i, j in product(range(s.height.outs), range(s.width.outs)):
-        place = f"given + ({i} * yh + {j}{' * yw' if s.channels_last else ''})"
-        load = f"tl.load(given_t + ({place}), mask=has_t, other=0.0)"
-        yield f"g{step % ring}_{i}_{j} = {load}.to(tl.float32)"
-    for frame, place in enumerate(time.frames):
-        yield f"frame = f0 + done * {time.in_step} + {place}"
+    for (i, j), g in _gradients(s, slot).items():
+        place = f"given_t + (given + ({i} * yh + {j}{y_across}))"
+        yield f"{g} = tl.load({place}, mask=has_t, other=0.0)"
+    for frame in range(len(s.time.frames)):
+        yield f"frame = {_frame(s, frame)}"
         yield "has_f = (frame >= 0) & (frame < T)"
         yield "x_f = x_ptr + frame * xt"
         for i, row in enumerate(s.height.positions):
             yield f"x_r = x_f + (read + {row} * xh)"
             for j, column in enumerate(s.width.positions):
-                mask = f"has_h{i} & has_w{j} & has_f & inside"
-                load = f"tl.load(x_r + {column}{across}, mask={mask}, other=0.0)"
-                yield f"v{i}_{j} = {load}.to(tl.float32)"
-        for which, age, _, kt in time.terms:
-            if which == frame:
-                yield f"if has_f & (done >= {age}) & (done < count + {age}):"
-                yield from ("    " + line for line in _products(s, kt, (step - age) % ring))
+                mask = f"({within('h', i, 'w', j, 'has_f')}) & has_k"
+                load = f"tl.load(x_r + {column}{x_across}, mask={mask}, other=0.0)"
+                yield f"v{slot}_{frame}_{i}_{j} = {load}"
 
 
 def _products(s: Structure, kt: int, slot: int) -> Iterator[str]:
     """One frame of inputs by one of gradients, summed into the taps at kt."""
-    for kh, kw in product(range(s.kernel[1]), range(s.kernel[2])):
-        tap = (kt * s.kernel[1] + kh) * s.kernel[2] + kw
-        for i, j in product(range(s.height.outs), range(s.width.outs)):
+    for (i, j), g in _gradients(s, slot).items():
+        yield f"d = {g}.to(tl.float32)"
+        for kh, kw in product(range(s.kernel[1]), range(s.kernel[2])):
+            tap = (kt * s.kernel[1] + kh) * s.kernel[2] + kw
             row = s.height.positions.index(dict(s.height.reads[i])[kh])
             column = s.width.positions.index(dict(s.width.reads[j])[kw])
-            yield f"s{tap} += v{row}_{column} * g{slot}_{i}_{j}"
+            yield f"s{tap} += u{row}_{column} * d"
 
 
 def _finish(s: Structure, taps: list[str]) -> Iterator[str]:
