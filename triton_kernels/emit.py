@@ -41,10 +41,10 @@ if triton.knobs.runtime.interpret:
 
 
 @lru_cache(maxsize=1024)
-def kernel(source: str) -> Any:
+def kernel(source: str, *helpers: Any) -> Any:
     """The @triton.jit function whose text this is, `def name(...): ...`; equal texts share it.
 
-    The text may use `tl`, `store` and `activate`.
+    The text may use `tl`, `store`, `activate` and, by their names, @triton.jit functions `helpers`.
     """
     name = source.split("(", 1)[0].removeprefix("def ").strip()
     filename = f"<fastconv {name} {abs(hash(source)):x}>"
@@ -54,6 +54,7 @@ def kernel(source: str) -> Any:
         "tl": tl,
         "activate": finish.activate,
         "store": finish.store,
+        **{helper.__name__: helper for helper in helpers},
         "__name__": f"{__package__}.generated",
     }
     exec(compile(source, filename, "exec"), names)
