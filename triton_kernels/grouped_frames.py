@@ -138,7 +138,11 @@ def source(times: int, taps: int, stride: int, dilation: int) -> str:
     body = list(_TAP)
     for a in range(taps):
         at = f"({a} * KH * KW + tap) * (BLOCK_CI * BLOCK_CO)"
-        body += [f"f{a} = tl.load(w_at + {at} + f_at)", "if WIDENED:", f"    f{a} = f{a}.to(tl.float32)"]
+        body += [
+            f"f{a} = tl.load(w_at + {at} + f_at)",
+            "if WIDENED:",
+            f"    f{a} = f{a}.to(tl.float32)",
+        ]
     for f, users in reached(times, taps, stride, dilation).items():
         body += [line.format(f=f) for line in _LOAD]
         for last, sides in (("if LAST:", "x, f{}"), ("else:", "f{}, x")):

@@ -13,7 +13,7 @@ import torch
 from ..epilogue import Epilogue
 from ..geometry import Geometry
 from ..plan import CHANNELS_LAST, Plan
-from . import grouped, grouped_tiles, grouped_weights, launch
+from . import grouped, grouped_tiles, grouped_weight_frames, grouped_weights, launch
 from .grouped_gather import Gather
 from .launch import Launch
 
@@ -32,11 +32,14 @@ def workspace_size(plan: Plan) -> int:
 
 
 @lru_cache(maxsize=4096)
-def _sums(plan: Plan) -> grouped_weights.WeightSums:
+def _sums(plan: Plan) -> grouped_weight_frames.WeightFrames | grouped_weights.WeightSums:
     precision = grouped_tiles.precision_of(plan)
     last = plan.layout == CHANNELS_LAST
     gather = Gather.forward(plan.geometry)
-    return grouped_weights.cut(gather, plan.dtype, last, precision, plan.config)
+    few = max(gather.inputs, gather.outputs) < grouped.FEW and gather.taps > 1
+    small = few and gather.kernel[0] <= grouped_weight_frames.MOST_SUMS
+    module = grouped_weight_frames if small else grouped_weights
+    return module.cut(gather, plan.dtype, last, precision, plan.config)
 
 
 @lru_cache(maxsize=4096)
