@@ -1,7 +1,8 @@
 """Gradients of the grouped convolution, from the plan of the convolution itself.
 
 The input gradient is the gather of `grouped_gather`, made by the forward kernels from weights that
-are packed on the way; the weight gradient is in `grouped_weights`. Both are the same bits each time.
+are packed on the way; the weight gradient is in `grouped_weights` and, for few channels per group,
+in `grouped_weight_frames`. Both are the same bits each time.
 """
 
 from __future__ import annotations

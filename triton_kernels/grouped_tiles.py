@@ -146,10 +146,11 @@ def grouped_tiles(
              KT, KH, KW, DT, DH, DW, VT, VH, VW, GT, CG, CI_BLOCKS, False, BLOCK_P, BLOCK_CI,
              BLOCK_CO, LAST, PADDED, FLAT, RAGGED, ALIGN, PRECISION, WIDENED)  # fmt: skip
     if GT > 1:
-        if tl.max(tl.max((z != z).to(tl.int32), 1), 0) > 0:
+        bad = tl.max(tl.max((z != z).to(tl.int32), 1), 0)
+        if bad > 0:
             for group in range(GT):
-                own = sum_of_products(x_ptr, w_ptr, n, t, h, w, inside, group, first, in_t, in_h, in_w,
-                           in_channels, KT, KH, KW, DT, DH, DW, VT, VH, VW, GT, CG, CI_BLOCKS,
+                own = sum_of_products(x_ptr, w_ptr, n, t, h, w, inside, group, first, in_t, in_h,
+                           in_w, in_channels, KT, KH, KW, DT, DH, DW, VT, VH, VW, GT, CG, CI_BLOCKS,
                            True, BLOCK_P, BLOCK_CI, BLOCK_CO, LAST, PADDED, FLAT, RAGGED,
                            ALIGN, PRECISION, WIDENED)  # fmt: skip
                 if LAST:

@@ -1,7 +1,7 @@
 """The weight gradient of a grouped convolution with few channels per group: loads shared by taps.
 
-A program of one warp multiplies gy (outputs, pixels) with x (pixels, channels) for all taps of time,
-and often of width, at once, over its share of the planes: each frame of x serves every frame of gy that the
+A program of one warp multiplies gy (outputs, pixels) by x (pixels, channels) for all taps of time,
+and often of width, over its share of the planes: each frame of x serves every frame of gy that the
 taps of time reach from it. The shares are added by `grouped_weights`.
 """
 
@@ -47,7 +47,8 @@ first, k = tile * (GT * CG), tile * (GT * KG) + co
 real_k = (co < GT * KG) & (k < out_channels)
 real_c = (row < GT * CG) & (first + row < in_channels)
 in_plane, out_plane = in_h * in_w, out_h * out_w
-inputs, outputs = in_channels // ALIGN_X * ALIGN_X, out_channels // ALIGN_Y * ALIGN_Y""".splitlines()
+inputs = in_channels // ALIGN_X * ALIGN_X
+outputs = out_channels // ALIGN_Y * ALIGN_Y""".splitlines()
 _BLOCK = """item = part * share + block
 q, item = item % blocks * BLOCK_P + tl.arange(0, BLOCK_P), item // blocks
 t, n = item % time_blocks * {times}, item // time_blocks
@@ -118,7 +119,7 @@ def source(times: int, taps: int, columns: int, stride: int, dilation: int) -> s
 
 @dataclass(frozen=True)
 class WeightFrames:
-    """How the weight gradient is cut; `share`: blocks of pixels, `times` frames deep, of a program."""
+    """How the weight gradient is cut; `share`: blocks of `times` frames of a program."""
 
     gather: Gather
     dtype: str
