@@ -63,10 +63,10 @@ if triton.knobs.runtime.interpret:
 
 
 @lru_cache(maxsize=1024)
-def kernel(source: str, general: tuple[str, ...] = ()) -> Any:
+def kernel(source: str, *helpers: Any, general: tuple[str, ...] = ()) -> Any:
     """The @triton.jit function whose text this is, `def name(...): ...`; equal texts share it.
 
-    The text may use `tl`, `store` and `activate`.
+    The text may use `tl`, `store`, `activate` and, by their names, @triton.jit functions `helpers`.
     general: integer parameters whose values are of no help to the compiler; otherwise it makes a
     kernel of its own for those that are 1, and for those divisible by 16
     """
@@ -78,6 +78,7 @@ def kernel(source: str, general: tuple[str, ...] = ()) -> Any:
         "tl": tl,
         "activate": finish.activate,
         "store": finish.store,
+        **{helper.__name__: helper for helper in helpers},
         "__name__": f"{__package__}.generated",
     }
     exec(compile(source, filename, "exec"), names)

@@ -10,11 +10,11 @@ import torch
 from ..epilogue import Epilogue
 from ..geometry import Geometry
 from ..plan import CHANNELS_LAST, Plan
-from . import grouped_lanes, grouped_tiles, launch
+from . import grouped_frames, grouped_lanes, grouped_tiles, launch
 from .grouped_gather import Gather
 from .launch import Launch
 
-TILES, LANES = 0, 1  # values of the option 'form'
+TILES, LANES, FRAMES = 0, 1, 2  # values of the option 'form'
 CONFIGS: tuple[dict[str, int], ...] = (
     {},
     {"form": TILES},
@@ -27,7 +27,8 @@ CONFIGS: tuple[dict[str, int], ...] = (
     {"form": LANES, "times": 2, "columns": 8},
     {"form": LANES, "warps": 8},
 )
-FEW = 16  # channels per group below which lanes may beat tensor cores
+FEW = 17  # channels per group below which tiles waste tensor cores
+BUSY = 1 << 18  # outputs from which the other forms are worth it
 
 
 def supports(geometry: Geometry, dtype: str, epilogue: Epilogue) -> str | None:
@@ -35,23 +36,32 @@ def supports(geometry: Geometry, dtype: str, epilogue: Epilogue) -> str | None:
     return launch.refuse_dtype(dtype)
 
 
+Form = grouped_lanes.Lanes | grouped_frames.Frames | grouped_tiles.Tiles
+
+
 @lru_cache(maxsize=4096)
-def cut(gather: Gather, plan: Plan) -> grouped_lanes.Lanes | grouped_tiles.Tiles:
+def cut(gather: Gather, plan: Plan) -> Form:
     """How a plan's convolution, or its input gradient, is cut."""
     last = plan.layout == CHANNELS_LAST
-    if _lanes(gather, plan):
+    form = _form(gather, plan)
+    if form == LANES:
         return grouped_lanes.cut(gather, last, plan.config)
     precision = grouped_tiles.precision_of(plan)
-    return grouped_tiles.cut(gather, plan.dtype, last, precision, plan.config)
+    module = grouped_frames if form == FRAMES else grouped_tiles
+    return module.cut(gather, plan.dtype, last, precision, plan.config)
 
 
-def _lanes(gather: Gather, plan: Plan) -> bool:
-    """Whether plain arithmetic serves it: few channels, no fractions, enough to do."""
-    if max(gather.divisor) > 1 or plan.options.get("form") == TILES:
-        return False
-    few = gather.inputs < FEW and 1 < gather.taps and gather.kernel[0] * gather.kernel[2] <= 25
-    busy = gather.pixels * gather.out_channels >= 1 << 16
-    return few and (busy or plan.options.get("form") == LANES)
+def _form(gather: Gather, plan: Plan) -> int:
+    """TILES for many channels, fractions or little to do; else tensor cores in half precision."""
+    wanted = plan.options.get("form")
+    few = max(gather.inputs, gather.outputs) < FEW and gather.taps > 1
+    if not few or max(gather.divisor) > 1 or wanted == TILES:
+        return TILES
+    if wanted is not None:
+        return wanted
+    if gather.pixels * gather.out_channels < BUSY:
+        return TILES
+    return LANES if plan.dtype == "float32" and plan.precision == "ieee" else FRAMES
 
 
 def prepack(weights: Any, plan: Plan) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """Gradients of the grouped convolution, from the plan of the convolution itself.
 
 The input gradient is the gather of `grouped_gather`, made by the forward kernels from weights that
-are packed on the way; the weight gradient is in `grouped_weights`. Both are the same bits each time.
+are packed on the way; the weight gradient is in `grouped_weights` and, for few channels per group,
+in `grouped_weight_frames`. Both are the same bits each time.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from ..epilogue import Epilogue
 from ..geometry import Geometry
 from ..plan import CHANNELS_LAST, Plan
-from . import grouped, grouped_tiles, grouped_weights, launch
+from . import grouped, grouped_tiles, grouped_weight_frames, grouped_weights, launch
 from .grouped_gather import Gather
 from .launch import Launch
 
@@ -32,11 +33,14 @@ def workspace_size(plan: Plan) -> int:
 
 
 @lru_cache(maxsize=4096)
-def _sums(plan: Plan) -> grouped_weights.WeightSums:
+def _sums(plan: Plan) -> grouped_weight_frames.WeightFrames | grouped_weights.WeightSums:
     precision = grouped_tiles.precision_of(plan)
     last = plan.layout == CHANNELS_LAST
     gather = Gather.forward(plan.geometry)
-    return grouped_weights.cut(gather, plan.dtype, last, precision, plan.config)
+    few = max(gather.inputs, gather.outputs) < grouped.FEW and gather.taps > 1
+    small = few and gather.kernel[0] <= grouped_weight_frames.MOST_SUMS
+    module = grouped_weight_frames if small else grouped_weights
+    return module.cut(gather, plan.dtype, last, precision, plan.config)
 
 
 @lru_cache(maxsize=4096)

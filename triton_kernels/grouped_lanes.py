@@ -24,7 +24,8 @@ _HEAD = """def {name}(
     KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     DT: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
     ST: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
-    CG: tl.constexpr, KG: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr,
+    CG: tl.constexpr, KG: tl.constexpr, CHANNELS: tl.constexpr,
+    LANES: tl.constexpr, WIDE: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
 ):
 """
@@ -76,6 +77,8 @@ class Lanes:
             *g.window,
             ("CG", g.inputs),
             ("KG", g.outputs),
+            # Columns are then at constant distances: no address of theirs is in a register.
+            ("CHANNELS", g.in_channels if self.last else 0),
             ("LANES", self.lanes),
             ("WIDE", g.wide),
             *epilogue_constants(epilogue),
@@ -129,13 +132,13 @@ def channels_last(cut: Lanes) -> str:
         body += [
             f"ok = row_ok & (frame + {f} >= 0) & (frame + {f} < in_t)",
             f"x_at = x_ptr + (((n * in_t + frame + {f}) * in_h + row) * in_w + column)"
-            " * in_channels + (c + j0)",
+            " * CHANNELS + (c + j0)",
         ]
         for p, columns in reached(cut.columns, kw, sw, dw).items():
             body.append(f"here = ok & (column + {p} >= 0) & (column + {p} < in_w)")
             for j in range(step):
                 body.append(
-                    f"x = tl.load(x_at + ({p} * in_channels + {j}), mask=here, other=0.0)"
+                    f"x = tl.load(x_at + ({p} * CHANNELS + {j}), mask=here, other=0.0)"
                     ".to(tl.float32)"
                 )
                 body += [f"z{t}_{w} += x * f{a}_{b}_{j}" for t, a in times for w, b in columns]

@@ -27,7 +27,7 @@ PROGRAMS = 264  # wanted at least, two for each multiprocessor of an H100
 
 
 @triton.jit
-def _sum(
+def sum_of_products(
     x_ptr, w_ptr, n, t, h, w, inside, group, first, in_t, in_h, in_w, in_channels,
     KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     DT: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
@@ -142,14 +142,15 @@ def grouped_tiles(
     co = tile % PARTS * BLOCK_CO + tl.arange(0, BLOCK_CO)
     k = tile // PARTS * (GT * KG) + co
     real = (co < GT * KG) & (k < out_channels)
-    z = _sum(x_ptr, w_ptr, n, t, h, w, inside, 0, first, in_t, in_h, in_w, in_channels,
+    z = sum_of_products(x_ptr, w_ptr, n, t, h, w, inside, 0, first, in_t, in_h, in_w, in_channels,
              KT, KH, KW, DT, DH, DW, VT, VH, VW, GT, CG, CI_BLOCKS, False, BLOCK_P, BLOCK_CI,
              BLOCK_CO, LAST, PADDED, FLAT, RAGGED, ALIGN, PRECISION, WIDENED)  # fmt: skip
     if GT > 1:
-        if tl.max(tl.max((z != z).to(tl.int32), 1), 0) > 0:
+        bad = tl.max(tl.max((z != z).to(tl.int32), 1), 0)
+        if bad > 0:
             for group in range(GT):
-                own = _sum(x_ptr, w_ptr, n, t, h, w, inside, group, first, in_t, in_h, in_w,
-                           in_channels, KT, KH, KW, DT, DH, DW, VT, VH, VW, GT, CG, CI_BLOCKS,
+                own = sum_of_products(x_ptr, w_ptr, n, t, h, w, inside, group, first, in_t, in_h,
+                           in_w, in_channels, KT, KH, KW, DT, DH, DW, VT, VH, VW, GT, CG, CI_BLOCKS,
                            True, BLOCK_P, BLOCK_CI, BLOCK_CO, LAST, PADDED, FLAT, RAGGED,
                            ALIGN, PRECISION, WIDENED)  # fmt: skip
                 if LAST:
@@ -247,7 +248,7 @@ def cut(
 ) -> Tiles:
     """The tiles of a gather; options: 'each', 'pixels', 'inputs', 'outputs', 'warps', 'stages'."""
     g, given = gather, dict(options)
-    each = given.get("each") or _groups_of_a_tile(g)
+    each = given.get("each") or groups_of_a_tile(g)
     # Contiguous, every element that is gathered has an address of its own in a register.
     gathers = not last and not g.flat
     inputs = given.get("inputs", 32 if dtype == "float32" or gathers else 64)
@@ -276,7 +277,7 @@ def cut(
     )
 
 
-def _groups_of_a_tile(g: Gather) -> int:
+def groups_of_a_tile(g: Gather) -> int:
     """Groups that fill the depth of a product, a divisor of their number if that is not far."""
     most = max(1, min(SHARED_CHANNELS // g.inputs, 64 // g.outputs, g.groups))
     divisor = max(d for d in range(1, most + 1) if g.groups % d == 0)

@@ -173,14 +173,15 @@ class WeightSums:
             self.warps,
             self.stages,
         )
-        total = Launch(
-            grouped_weight_total,
-            -(-self.size // REDUCED),
-            ("sums", "gw"),
-            (self.size, self.shares),
-            (("BLOCK", REDUCED),),
-        )
-        return sums, total
+        return sums, total(self.size, self.shares)
+
+
+def total(size: int, shares: int) -> Launch:
+    """The start that adds shares of `size` sums, on arrays sums and gw."""
+    constants = (("BLOCK", REDUCED),)
+    return Launch(
+        grouped_weight_total, -(-size // REDUCED), ("sums", "gw"), (size, shares), constants
+    )
 
 
 @lru_cache(maxsize=4096)
