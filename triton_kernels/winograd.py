@@ -77,7 +77,8 @@ def prepack(weights: Any, plan: Plan) -> torch.Tensor:
     u = u.reshape(1, s.points, s.alpha, s.columns, s.depth)
     dtype = getattr(torch, plan.dtype)
     if s.parts == 1:
-        return u.to(dtype).contiguous()
+        u = u.to(dtype).contiguous()
+        return _tf32(u) if _precision(s) == "tf32" else u
     high = _tf32(u.to(dtype))
     return torch.cat([high, (u - high).to(dtype)])
 
@@ -144,6 +145,8 @@ def launches(plan: Plan) -> tuple[Launch, ...]:
 def _precision(s: Schedule) -> str:
     if s.plan.dtype != "float32":
         return "half"
+    if s.plan.options.get("split", 1) == 2:
+        return "tf32x3"
     return "split" if s.split else s.plan.precision
 
 
@@ -159,7 +162,7 @@ def _product_launch(
     tail = (s.columns, s.depth)
     v_point, m_point = scalars[-2:]
     scalars = (*scalars[:-2], *tail, v_point, m_point, s.points * s.alpha * u_point)
-    text = kernel(product_source(t, s.direct, _precision(s)))
+    text = kernel(product_source(t, s.direct, _precision(s), bool(s.plan.options.get("fresh", 0))))
     return Launch(text, blocks, arrays, scalars, tuple(constants.items()), p.warps, p.stages)
 
 
@@ -207,12 +210,15 @@ def _inputs(s: Schedule, chunk: Chunk) -> list[Launch]:
     scalars += (*(a.size for a in order), *(a.pad for a in order), s.phase_depth)
     scalars += (s.geometry.in_channels, s.x_image, *(a.x_step for a in order), s.x_channel)
     scalars += (s.v_point(chunk), s.depth)
+    # A product that transforms its operands rounds them itself.
+    tf32 = _precision(s) == "tf32" and (not s.fused or order[0].transform.m == 1)
+    fixed = (transforms, strides, _phases(s), s.fused, s.last, tf32)
     block, channels = _block(s, prod(a.alpha for a in order[1:]), s.phase_depth)
     constants = {"R": block, "CB": channels, "WIDE": _wide(s)}
     programs = -(-rows // block) * -(-s.phase_depth // channels) * s.phases
     return [
         Launch(
-            kernel(input_source(transforms, strides, _phases(s), s.fused, s.last, outer)),
+            kernel(input_source(*fixed, outer)),
             programs,
             ("x", "workspace"),
             scalars,

@@ -11,7 +11,6 @@ from ..geometry import Geometry
 from ..layouts import CHANNELS_LAST
 from ..plan import Plan
 from ..transforms import Transform, transform
-from .launch import power_of_two
 
 MOST_SUMS = 6  # accumulators of a product: more points on its axis do not fit the registers
 MEGABYTE = 1 << 20
@@ -90,7 +89,7 @@ class Schedule:
         self.phases = prod(a.phases for a in axes)
         staged = self.axes[1:] if self.fused else self.axes
         self.points = prod(a.alpha for a in staged)
-        self.split = plan.precision == "ieee" and bool(plan.options.get("split", 1))
+        self.split = plan.precision == "ieee" and plan.options.get("split", 1) == 1
         self.split = self.split and plan.dtype == "float32"
         self.parts = 1 + self.split
         self.product = _product(self)
@@ -204,12 +203,10 @@ def _product(s: Schedule) -> Product:
     """Blocks whose sums take at most half of the registers, and little shared memory."""
     count = sums(s.axes[0]) if s.fused else 1
     options, half = s.plan.options, s.plan.dtype != "float32"
-    most = max(16, power_of_two(s.geometry.out_channels))
     rows, columns, warps = {1: (128, 128, 8), 2: (128, 64, 8)}.get(count, (64, 64, 4))
     if count > 4:
         columns = 32
-    if most <= columns // 2:
-        columns = most
+    columns = _least_padding(s.geometry.out_channels, columns)
     depth = 32 if half and s.geometry.in_channels > 16 else 16
     return Product(
         options.get("rows", rows),
@@ -218,3 +215,9 @@ def _product(s: Schedule) -> Product:
         options.get("warps", warps),
         options.get("stages", 3),
     )
+
+
+def _least_padding(channels: int, most: int) -> int:
+    """The block of output channels that computes least, where a block costs 16 channels more."""
+    blocks = [b for b in (128, 64, 32, 16) if b <= most]
+    return min(blocks, key=lambda b: -(-channels // b) * (b + 16))
