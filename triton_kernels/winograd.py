@@ -40,11 +40,12 @@ CONFIGS: tuple[dict[str, int], ...] = (
     {},
     {"fuse": 0},
     {"fuse": 1},
-    {"chunk": 24},
-    {"rows": 64, "columns": 64, "warps": 4},
-    {"rows": 128, "columns": 64, "warps": 8},
-    {"rows": 64, "columns": 32, "warps": 4},
-    {"split": 0, "rows": 64, "columns": 64},
+    {"rows": 64, "columns": 32, "warps": 4, "stages": 3},
+    {"rows": 64, "columns": 64, "warps": 4, "stages": 2},
+    {"rows": 128, "columns": 32, "warps": 4, "stages": 2},
+    {"rows": 128, "columns": 64, "warps": 4, "stages": 3},
+    {"rows": 128, "columns": 64, "warps": 8, "stages": 3},
+    {"split": 0},
 )
 
 
@@ -145,8 +146,6 @@ def launches(plan: Plan) -> tuple[Launch, ...]:
 def _precision(s: Schedule) -> str:
     if s.plan.dtype != "float32":
         return "half"
-    if s.plan.options.get("split", 1) == 2:
-        return "tf32x3"
     return "split" if s.split else s.plan.precision
 
 
@@ -162,7 +161,7 @@ def _product_launch(
     tail = (s.columns, s.depth)
     v_point, m_point = scalars[-2:]
     scalars = (*scalars[:-2], *tail, v_point, m_point, s.points * s.alpha * u_point)
-    text = kernel(product_source(t, s.direct, _precision(s), bool(s.plan.options.get("fresh", 0))))
+    text = kernel(product_source(t, s.direct, _precision(s)))
     return Launch(text, blocks, arrays, scalars, tuple(constants.items()), p.warps, p.stages)
 
 

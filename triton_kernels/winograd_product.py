@@ -27,7 +27,7 @@ def rounded(name: str) -> str:
 
 
 @lru_cache(maxsize=256)
-def product_source(t: Transform, direct: bool, precision: str, fresh: bool = False) -> str:
+def product_source(t: Transform, direct: bool, precision: str) -> str:
     """The kernel for F(m, r) on the first axis, F(1, 1) for none.
 
     direct     V is x, M is y, and the epilogue is done
@@ -43,7 +43,7 @@ def product_source(t: Transform, direct: bool, precision: str, fresh: bool = Fal
         values = [f"b{i}" for i in range(alpha)]
         loop += transformed(t.input_program, [f"f{i}" for i in range(alpha)], values, "t")
     for i, value in enumerate(values):
-        loop += _dots(value, sums[0 if one_sum else i], i, precision, fresh)
+        loop += _dots(value, sums[0 if one_sum else i], i, precision)
     loop += ["v += v_step", "u += DEPTH"]
     z = [f"z{i}" for i in rows]
     end = ["z0 = acc0"] if one_sum else transformed(t.output_program, sums, z, "e")
@@ -144,8 +144,8 @@ def _loads(alpha: int, precision: str) -> list[str]:
     return lines
 
 
-def _dots(value: str, total: str, i: int, precision: str, fresh: bool) -> list[str]:
-    """total += value @ U; the small products first."""
+def _dots(value: str, total: str, i: int, precision: str) -> list[str]:
+    """total += value @ U."""
     if precision == "half":
         return [f"{total} = tl.dot({value}.to(u{i}.dtype), u{i}, {total})"]
     if precision != "split":
@@ -155,18 +155,12 @@ def _dots(value: str, total: str, i: int, precision: str, fresh: bool) -> list[s
             f'{total} = tl.dot({value}, u{i}, {total}, input_precision="{precision}")',
         ]
     operands = ((f"{value}_lo", f"u{i}"), (f"{value}_hi", f"w{i}"), (f"{value}_hi", f"u{i}"))
-    if fresh:
-        part = f"p{i}"
-        return [
-            *(line.format(b=value) for line in _SPLIT),
-            f'{part} = tl.dot({operands[0][0]}, {operands[0][1]}, input_precision="tf32")',
-            *(
-                f'{part} = tl.dot({a}, {b}, {part}, input_precision="tf32")'
-                for a, b in operands[1:]
-            ),
-            f"{total} += {part}",
-        ]
+    # Tensor cores cut off what a float32 sum cannot hold, so that long sums drift: a step is
+    # summed by itself, small products first, and added in float32.
+    part = f"p{i}"
     return [
         *(line.format(b=value) for line in _SPLIT),
-        *(f'{total} = tl.dot({a}, {b}, {total}, input_precision="tf32")' for a, b in operands),
+        f'{part} = tl.dot({operands[0][0]}, {operands[0][1]}, input_precision="tf32")',
+        *(f'{part} = tl.dot({a}, {b}, {part}, input_precision="tf32")' for a, b in operands[1:]),
+        f"{total} += {part}",
     ]
