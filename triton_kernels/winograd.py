@@ -40,11 +40,12 @@ CONFIGS: tuple[dict[str, int], ...] = (
     {},
     {"fuse": 0},
     {"fuse": 1},
-    {"chunk": 24},
-    {"rows": 64, "columns": 64, "warps": 4},
-    {"rows": 128, "columns": 64, "warps": 8},
-    {"rows": 64, "columns": 32, "warps": 4},
-    {"split": 0, "rows": 64, "columns": 64},
+    {"rows": 64, "columns": 32, "warps": 4, "stages": 3},
+    {"rows": 64, "columns": 64, "warps": 4, "stages": 2},
+    {"rows": 128, "columns": 32, "warps": 4, "stages": 2},
+    {"rows": 128, "columns": 64, "warps": 4, "stages": 3},
+    {"rows": 128, "columns": 64, "warps": 8, "stages": 3},
+    {"split": 0},
 )
 
 
@@ -77,7 +78,8 @@ def prepack(weights: Any, plan: Plan) -> torch.Tensor:
     u = u.reshape(1, s.points, s.alpha, s.columns, s.depth)
     dtype = getattr(torch, plan.dtype)
     if s.parts == 1:
-        return u.to(dtype).contiguous()
+        u = u.to(dtype).contiguous()
+        return _tf32(u) if _precision(s) == "tf32" else u
     high = _tf32(u.to(dtype))
     return torch.cat([high, (u - high).to(dtype)])
 
@@ -207,12 +209,15 @@ def _inputs(s: Schedule, chunk: Chunk) -> list[Launch]:
     scalars += (*(a.size for a in order), *(a.pad for a in order), s.phase_depth)
     scalars += (s.geometry.in_channels, s.x_image, *(a.x_step for a in order), s.x_channel)
     scalars += (s.v_point(chunk), s.depth)
+    # A product that transforms its operands rounds them itself.
+    tf32 = _precision(s) == "tf32" and (not s.fused or order[0].transform.m == 1)
+    fixed = (transforms, strides, _phases(s), s.fused, s.last, tf32)
     block, channels = _block(s, prod(a.alpha for a in order[1:]), s.phase_depth)
     constants = {"R": block, "CB": channels, "WIDE": _wide(s)}
     programs = -(-rows // block) * -(-s.phase_depth // channels) * s.phases
     return [
         Launch(
-            kernel(input_source(transforms, strides, _phases(s), s.fused, s.last, outer)),
+            kernel(input_source(*fixed, outer)),
             programs,
             ("x", "workspace"),
             scalars,

@@ -20,6 +20,12 @@ _SPLIT = (
 )
 
 
+def rounded(name: str) -> str:
+    """A float32 block rounded to TF32, which tensor cores would cut off; NaN stays NaN."""
+    bits = f"(({name}.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)"
+    return f"{name} = tl.where({name} == {name}, {bits}, {name})"
+
+
 @lru_cache(maxsize=256)
 def product_source(t: Transform, direct: bool, precision: str) -> str:
     """The kernel for F(m, r) on the first axis, F(1, 1) for none.
@@ -139,13 +145,22 @@ def _loads(alpha: int, precision: str) -> list[str]:
 
 
 def _dots(value: str, total: str, i: int, precision: str) -> list[str]:
-    """total += value @ U; the small products first."""
+    """total += value @ U."""
     if precision == "half":
         return [f"{total} = tl.dot({value}.to(u{i}.dtype), u{i}, {total})"]
     if precision != "split":
-        return [f'{total} = tl.dot({value}, u{i}, {total}, input_precision="{precision}")']
+        rounding = [rounded(value)] if precision == "tf32" and value[0] == "b" else []
+        return [
+            *rounding,
+            f'{total} = tl.dot({value}, u{i}, {total}, input_precision="{precision}")',
+        ]
     operands = ((f"{value}_lo", f"u{i}"), (f"{value}_hi", f"w{i}"), (f"{value}_hi", f"u{i}"))
+    # Tensor cores cut off what a float32 sum cannot hold, so that long sums drift: a step is
+    # summed by itself, small products first, and added in float32.
+    part = f"p{i}"
     return [
         *(line.format(b=value) for line in _SPLIT),
-        *(f'{total} = tl.dot({a}, {b}, {total}, input_precision="tf32")' for a, b in operands),
+        f'{part} = tl.dot({operands[0][0]}, {operands[0][1]}, input_precision="tf32")',
+        *(f'{part} = tl.dot({a}, {b}, {part}, input_precision="tf32")' for a, b in operands[1:]),
+        f"{total} += {part}",
     ]

@@ -11,7 +11,6 @@ from ..geometry import Geometry
 from ..layouts import CHANNELS_LAST
 from ..plan import Plan
 from ..transforms import Transform, transform
-from .launch import power_of_two
 
 MOST_SUMS = 6  # accumulators of a product: more points on its axis do not fit the registers
 MEGABYTE = 1 << 20
@@ -201,20 +200,28 @@ def sums(axis: Axis) -> int:
 
 
 def _product(s: Schedule) -> Product:
-    """Blocks whose sums take at most half of the registers, and little shared memory."""
+    """Blocks as measured on an H200: small ones where there are many sums, several per processor.
+
+    None has more than 128 registers of sums per thread.
+    """
     count = sums(s.axes[0]) if s.fused else 1
-    options, half = s.plan.options, s.plan.dtype != "float32"
-    most = max(16, power_of_two(s.geometry.out_channels))
-    rows, columns, warps = {1: (128, 128, 8), 2: (128, 64, 8)}.get(count, (64, 64, 4))
-    if count > 4:
-        columns = 32
-    if most <= columns // 2:
-        columns = most
-    depth = 32 if half and s.geometry.in_channels > 16 else 16
-    return Product(
-        options.get("rows", rows),
-        options.get("columns", columns),
-        options.get("depth", depth),
-        options.get("warps", warps),
-        options.get("stages", 3),
-    )
+    options, channels = s.plan.options, s.geometry.out_channels
+    if count > 1:
+        rows, columns, warps, stages = 64, 32 if count <= 4 else 16, 4, 2
+    elif _least_padding(channels, 128) == 128:
+        rows, columns, warps, stages = 128, 128, 8, 3
+    else:
+        rows, columns, warps, stages = 128, 64, 4, 3
+    rows, warps = options.get("rows", rows), options.get("warps", warps)
+    columns = _least_padding(channels, options.get("columns", columns))
+    while columns > 16 and count * rows * columns > 128 * 32 * warps:
+        columns //= 2
+    half = s.plan.dtype != "float32"
+    depth = options.get("depth", 32 if half and s.geometry.in_channels > 16 else 16)
+    return Product(rows, columns, depth, warps, options.get("stages", stages))
+
+
+def _least_padding(channels: int, most: int) -> int:
+    """The block of output channels that computes least, where a block costs 16 channels more."""
+    blocks = [b for b in (128, 64, 32, 16) if b <= most]
+    return min(blocks, key=lambda b: -(-channels // b) * (b + 16))

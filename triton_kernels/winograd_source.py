@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from fractions import Fraction
 from functools import lru_cache
-from itertools import product
 from math import prod
 
 from ..transforms import Transform
 from .emit import constant, indented, transformed
+from .winograd_product import rounded
 
 _ROWS = """
     pid = tl.program_id(0)
@@ -17,7 +17,6 @@ _ROWS = """
     pid = pid // channel_blocks
 """
 _DECODED = """
-    p = pid * R + tl.arange(0, R)
     inside = p < rows
     if WIDE:
         p, channel = p.to(tl.int64), channel.to(tl.int64)
@@ -35,6 +34,7 @@ def input_source(
     phases: tuple[int, ...],
     fused: bool,
     last: bool,
+    tf32: bool,
     outer: int,
 ) -> str:
     """V = BT x over the second and third axis, at one point `outer` of the first.
@@ -42,6 +42,7 @@ def input_source(
     transforms, strides, phases  per axis in the order of the loops
     fused   the first axis is left to the product: its rows are pixels, not tiles
     last    channels lie in the lanes, else tiles
+    tf32    V is rounded for a product that takes it as it is
     """
     lead, channels = _sides(last)
     body: list[str] = []
@@ -82,6 +83,7 @@ def input_source(
         body += transformed(h.input_program, names, values, f"r{i}_")
         for j, value in enumerate(values):
             point = (outer * h.alpha + j) * w.alpha + i
+            body += [rounded(value)] if tf32 else []
             body.append(
                 f"tl.store(v_ptr + {point} * v_step + at, "
                 f"{value}.to(v_ptr.dtype.element_ty), mask=kept)"
@@ -94,7 +96,7 @@ def input_source(
 ):{_ROWS}
     phase = pid % {prod(phases)}
     pid = pid // {prod(phases)}
-{_DECODED}
+    p = pid * R + tl.arange(0, R){_DECODED}
     base = n * x_image
     step = (channel * x_channel){channels}
     known = (channel < C){channels}
@@ -132,21 +134,36 @@ def output_source(transforms: tuple[Transform, ...], fused: bool, last: bool, ou
     for i in range(w.m):
         names = [f"b_{e1}_{i}" for e1 in range(h.alpha)]
         body += transformed(h.output_program, names, [f"z_{j}_{i}" for j in range(h.m)], f"r{i}_")
+    # Neighbours along the last axis lie side by side in a contiguous y: joined, they are stored
+    # by neighbouring lanes.
+    joined = not last and w.m in (2, 4)
+    if joined:
+        body += [f"q = pid * (R * {w.m}) + tl.arange(0, R * {w.m})", f"p = q // {w.m}"]
+        body += _DECODED.strip().split("\n    ")
     body.append(f"o0 = d0 * {1 if fused else transforms[0].m} + {outer}")
-    for j, i in product(range(h.m), range(w.m)):
-        body += [
-            f"o1, o2 = d1 * {h.m} + {j}, d2 * {w.m} + {i}",
-            "written = inside & (o0 < out0) & (o1 < out1) & (o2 < out2)",
-            f"to = (n * y_image + o0 * y0 + o1 * y1 + o2 * y2){lead} + step",
-            f"store(y_ptr, residual_ptr, to, z_{j}_{i} + shift, written{lead} & known, "
-            "ACTIVATION, HAS_RESIDUAL)",
-        ]
+    for j in range(h.m):
+        z = [f"z_{j}_{i}" for i in range(w.m)]
+        if joined:
+            pairs = [
+                f"tl.join({a}, {b})" for a, b in zip(z[: w.m // 2], z[w.m // 2 :], strict=True)
+            ]
+            whole = pairs[0] if w.m == 2 else f"tl.join({pairs[0]}, {pairs[1]})"
+            z = [f"tl.reshape({whole}, (CB, R * {w.m}))"]
+        for i, value in enumerate(z):
+            body += [
+                f"o1, o2 = d1 * {h.m} + {j}, d2 * {w.m} + {f'q % {w.m}' if joined else i}",
+                "written = inside & (o0 < out0) & (o1 < out1) & (o2 < out2)",
+                f"to = (n * y_image + o0 * y0 + o1 * y1 + o2 * y2){lead} + step",
+                f"store(y_ptr, residual_ptr, to, {value} + shift, written{lead} & known, "
+                "ACTIVATION, HAS_RESIDUAL)",
+            ]
     return f"""def winograd_output(
     m_ptr, bias_ptr, residual_ptr, y_ptr, m_start, rows, D0, D1, D2, first_image, first_row,
     out0, out1, out2, CHANNELS, K, y_image, y0, y1, y2, y_channel, m_point, m_row,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
     R: tl.constexpr, CB: tl.constexpr, WIDE: tl.constexpr,
-):{_ROWS}{_DECODED}
+):{_ROWS}
+    p = pid * R + tl.arange(0, R){_DECODED}
     m_ptr = (m_ptr + m_start).to(tl.pointer_type(tl.float32), bitcast=True)
     step = (channel * y_channel){channels}
     known = (channel < K){channels}
