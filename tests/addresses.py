@@ -53,9 +53,9 @@ def overflows(code: Any, launch: Any) -> list[str]:
                 found.append(f"unknown offset: {line.strip()}")
             continue
         limit = _LIMIT.get(kind[1]) if kind else None
-        if limit and op in ("addi", "subi", "muli", "trunci", "shli"):
-            if not -limit <= value[0] <= value[1] < limit:
-                found.append(f"{value[0]}..{value[1]}: {line.strip()}")
+        inside = limit is None or -limit <= value[0] <= value[1] < limit
+        if not inside and op in ("addi", "subi", "muli", "trunci", "shli"):
+            found.append(f"{value[0]}..{value[1]}: {line.strip()}")
         known[result] = value
     return found
 

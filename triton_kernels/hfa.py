@@ -126,14 +126,11 @@ def _temporal(plan: Plan) -> Launch:
     tiles = -(-out_frames // outputs)
     rows = g.batch * tiles * area
     block = _temporal_block(plan, t.alpha if fast else outputs)
-    strides = (area * g.in_channels, 1) if last else (area, g.in_size[0] * area)
-    x_t, x_c = strides
-    x_n, x_p = g.in_channels * g.in_size[0] * area, g.in_channels if last else 1
+    x_n, channel = g.in_channels * g.in_size[0] * area, g.in_size[0] * area
+    x_c, x_t, x_p = (1, area * g.in_channels, g.in_channels) if last else (channel, area, 1)
     padded = g.batch * g.in_channels * (g.in_size[0] + sum(g.padding[0]) + t.alpha) * area
     written = g.batch * g.out_channels * tiles * outputs * area
     weights = 2 * (t.alpha * g.stride[0] + 1) * g.in_channels * g.out_channels
-    first, epilogue = plan.epilogue[0], launch.epilogue_constants(plan.epilogue[0])
-    assert not first.residual
     return Launch(
         kernel(hfa_source.temporal(t, outputs, g.kernel[0], g.stride[0], last, _mode(plan))),
         -(-rows // block["BLOCK_P"]) * -(-g.out_channels // block["BLOCK_CO"]),
@@ -143,7 +140,8 @@ def _temporal(plan: Plan) -> Launch:
             g.in_channels, g.out_channels, x_n, x_c, x_t, x_p,
         ),
         (
-            *(pair for pair in epilogue if pair[0] != "HAS_RESIDUAL"),
+            ("HAS_BIAS", plan.epilogue[0].bias),
+            ("ACTIVATION", plan.epilogue[0].activation),
             ("WIDE", launch.wide(padded, written, weights)),
             *((name, n) for name, n in block.items() if name.startswith("BLOCK")),
         ),
