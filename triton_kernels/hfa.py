@@ -86,6 +86,8 @@ def _mode(plan: Plan) -> str:
     """How products are made: 'split' float32 is as good as IEEE, and on tensor cores."""
     if plan.dtype != "float32":
         return "plain"
+    if plan.options.get("chained"):
+        return "chained"
     return "rounded" if plan.precision == "tf32" else "split"
 
 
@@ -191,7 +193,7 @@ def _temporal_block(plan: Plan, points: int) -> dict[str, int]:
     block_co = min(64 if single else 128, max(16, launch.power_of_two(temporal.out_channels)))
     while points * block_p * block_co > 64 * 32 * warps and block_co > 16:
         block_co //= 2
-    deep = options.get("t_ci", 16 if _mode(plan) == "split" else 32)
+    deep = options.get("t_ci", 16 if _mode(plan) in ("split", "chained") else 32)
     return {
         "BLOCK_P": block_p,
         "BLOCK_CI": min(deep, max(16, launch.power_of_two(temporal.in_channels))),

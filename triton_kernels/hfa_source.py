@@ -123,7 +123,7 @@ def parts(name: str, mode: str) -> list[str]:
             f"{name} = tl.where(tl.abs({name}) < float('inf'), "
             f"({bits}).to(tl.float32, bitcast=True), {name})"
         ]
-    if mode == "split":
+    if mode in ("split", "chained"):
         bits = f"({name}.to(tl.int32, bitcast=True) & -8192)"
         return [
             f"{name}_large = {bits}.to(tl.float32, bitcast=True)",
@@ -139,6 +139,12 @@ def product(total: str, operand: str, weights: str, mode: str) -> list[str]:
     Tensor cores cut where they add, by up to a bit of the total; long sums of split products are
     therefore added outside, where additions round.
     """
+    if mode == "chained":
+        return [
+            f"{total} = tl.dot({operand}_small, {weights}, {total}, input_precision='tf32')",
+            f"{total} = tl.dot({operand}_bounded, small_{weights}, {total}, input_precision='tf32')",
+            f"{total} = tl.dot({operand}_large, {weights}, {total}, input_precision='tf32')",
+        ]
     if mode != "split":
         return [f"{total} = tl.dot({operand}, {weights}, {total}, input_precision='tf32')"]
     return [
@@ -164,7 +170,7 @@ def _fast_products(
         for j in range(t.alpha):
             point = phase * t.alpha + j
             lines += [f"v = v{j}.to(x_ptr.dtype.element_ty)", _weights(point)]
-            if mode == "split":
+            if mode in ("split", "chained"):
                 lines += [_weights(phases * t.alpha + point, "small_u")]
             lines += [*parts("v", mode), *product(f"m{j}", "v", "u", mode)]
     return lines
@@ -180,7 +186,7 @@ def _direct_products(
         lines += parts(f"d{at}", mode)
     for k in range(taps):
         lines.append(_weights(k))
-        lines += [_weights(taps + k, "small_u")] if mode == "split" else []
+        lines += [_weights(taps + k, "small_u")] if mode in ("split", "chained") else []
         for i in range(outputs):
             lines += product(f"m{i}", f"d{i * stride + k}", "u", mode)
     return lines
@@ -253,7 +259,7 @@ def spatial(taps: tuple[int, int], stride: tuple[int, int], last: bool, mode: st
     mode   as for `temporal`
     """
     lines = parts("a", mode)
-    if mode == "split":
+    if mode in ("split", "chained"):
         lines.insert(0, "small_v = tl.load(v_at + K * M, mask=v_mask, other=0.0)")
     return _SPATIAL.format(
         down=stride[0],
