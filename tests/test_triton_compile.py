@@ -10,6 +10,7 @@ import importlib.util
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 
@@ -199,13 +200,25 @@ def _jobs(table: dict[str, list[Plan]], every: bool) -> list[Job]:
 LAYERS, LARGE = _jobs(PLANS, True), _jobs(WIDE, False)
 
 
-def _report(starts: list, chip: str) -> list[tuple]:
+def _started(job: Job) -> Any:
+    """The kernel starts of a job, or what its module raised: a failure of this job's test alone."""
+    import ptx
+
+    try:
+        return ptx.starts(job.plan, job.gradient)
+    except Exception as error:
+        return error
+
+
+def _report(started: Any, chip: str) -> list[tuple]:
     """Per kernel start its name, its `Needs`, and the steps that may overflow."""
     import addresses
     import ptx
 
+    if isinstance(started, Exception):
+        raise started
     found = []
-    for start in starts:
+    for start in started:
         code = start.compiled(chip)
         name = start.launch.kernel.__name__
         found.append((name, ptx.needs(code, chip), addresses.overflows(code, start.launch)))
@@ -215,16 +228,11 @@ def _report(starts: list, chip: str) -> list[tuple]:
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory) -> Iterator[dict[str, Future]]:
     """`_report` of all jobs by id, as they come from two threads, in a cache of their own."""
-    import ptx
-
     cache = str(tmp_path_factory.mktemp("triton"))
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
         patch.setenv("TRITON_CACHE_DIR", cache)
         jobs = (*LAYERS, *LARGE)
-        yield {
-            job.id: pool.submit(_report, ptx.starts(job.plan, job.gradient), job.chip)
-            for job in jobs
-        }
+        yield {job.id: pool.submit(_report, _started(job), job.chip) for job in jobs}
         pool.shutdown(cancel_futures=True)
 
 
