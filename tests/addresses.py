@@ -18,12 +18,13 @@ Interval = tuple[int, int]
 _ARGUMENT = re.compile(r"(%\w+): (!tt\.ptr<\w+>|i\d+)")
 _STEP = re.compile(r"\s*(%\w+)(?::\d+)? = (\w+)\.(\w+) (.*)")
 _FOR = re.compile(r"(%\w+) = (%\w+) to (%\w+) step (%\w+)(.*)")
+_PLACE = re.compile(r" loc\((?:[^()]|\([^()]*\))*\)")
 _LIMIT = {"i32": 2**31, "i64": 2**63}
 
 
 def overflows(code: Any, launch: Any) -> list[str]:
     """The steps of a compiled kernel that may overflow for the integers of its start."""
-    lines = [re.sub(r" loc\(.*", "", line) for line in code.asm["ttir"].splitlines()]
+    lines = [_PLACE.sub("", line) for line in code.asm["ttir"].splitlines()]
     names = [n for n in launch.kernel.arg_names if n not in dict(launch.constants)]
     scalars = dict(zip(names[len(launch.arrays) :], launch.scalars, strict=True))
     known: dict[str, Interval] = {}
@@ -52,9 +53,9 @@ def overflows(code: Any, launch: Any) -> list[str]:
                 found.append(f"unknown offset: {line.strip()}")
             continue
         limit = _LIMIT.get(kind[1]) if kind else None
-        if limit and op in ("addi", "subi", "muli", "trunci", "shli"):
-            if not -limit <= value[0] <= value[1] < limit:
-                found.append(f"{value[0]}..{value[1]}: {line.strip()}")
+        inside = limit is None or -limit <= value[0] <= value[1] < limit
+        if not inside and op in ("addi", "subi", "muli", "trunci", "shli"):
+            found.append(f"{value[0]}..{value[1]}: {line.strip()}")
         known[result] = value
     return found
 

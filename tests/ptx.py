@@ -1,14 +1,22 @@
-"""What a kernel start needs of a GPU, read from its code: compiled here, without one."""
+"""What the kernels of a plan need of a GPU, read from their code: compiled here, without one."""
 
 from __future__ import annotations
 
 import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any
+from unittest import mock
 
+import numpy as np
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
+
+from fastconv.geometry import SeparableGeometry
+from fastconv.plan import Plan
+from fastconv.triton_kernels.launch import Launch
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -26,22 +34,91 @@ _SIZED = 4  # an attribute whose 16 bits are the size of what follows
 
 
 @dataclass(frozen=True)
+class Start:
+    """A kernel start, and the dtypes of its arrays by name; None: not given."""
+
+    launch: Launch
+    dtypes: dict[str, str | None]
+
+    def compiled(self, chip: str) -> Any:
+        """Triton's compiled kernel, with the code of every stage in `.asm`."""
+        start = self.launch
+        if chip == "gfx942":  # AMD has no TF32 in three parts; its own float32 is IEEE
+            constants = (
+                (name, "ieee" if value == "tf32x3" else value) for name, value in start.constants
+            )
+            start = replace(start, constants=tuple(constants))
+        source = start.source(self.dtypes)
+        return triton.compile(source, target=TARGETS[chip], options=start.options)
+
+
+def starts(plan: Plan, gradient: str | None = None) -> list[Start]:
+    """What `run` starts for a plan, or `input_gradient` or `weight_gradient` of its family.
+
+    The arrays are PyTorch's meta tensors: of any size, and without memory.
+    """
+    plan = replace(plan, device="cpu")
+    folder = "fastconv.triton_kernels"
+    module = import_module(f"{folder}.{plan.family}{'_gradients' if gradient else ''}")
+    found: list[Start] = []
+
+    def record(start: Launch, arrays: dict[str, Any]) -> None:
+        dtypes = {n: a if a is None else str(a.dtype)[6:] for n, a in arrays.items()}
+        found.append(Start(start, dtypes))
+
+    size = module.workspace_size(plan)
+    scratch = torch.empty(size, dtype=getattr(torch, plan.dtype), device="meta")
+    with mock.patch.object(Launch, "__call__", record):
+        if gradient:
+            getattr(module, gradient)(plan, *_gradient_arrays(plan, gradient), scratch)
+        else:
+            module.run(plan, *_arrays(plan, module), scratch)
+    return found
+
+
+def _empty(plan: Plan, shape: tuple[int, ...], dtype: str | None = None) -> torch.Tensor:
+    return torch.empty(shape, dtype=getattr(torch, dtype or plan.dtype), device="meta")
+
+
+def _gradient_arrays(plan: Plan, gradient: str) -> list[torch.Tensor]:
+    g = plan.geometry
+    shapes = [g.y_shape, g.w_shape, g.x_shape]
+    if gradient == "weight_gradient":
+        shapes = [g.x_shape, g.y_shape, g.w_shape]
+    return [_empty(plan, shape) for shape in shapes]
+
+
+def _arrays(plan: Plan, module: Any) -> list[Any]:
+    """The arguments of `run` between plan and workspace."""
+    g = plan.geometry
+    block = isinstance(g, SeparableGeometry)
+    stages = g.stages if block else (g,)
+    epilogues = plan.epilogue if block else (plan.epilogue,)
+    weights = tuple(np.zeros(s.w_shape, np.float32) for s in stages)
+    packed = module.prepack(weights if block else weights[0], plan)
+    biases = tuple(
+        _empty(plan, (s.out_channels,)) if e.bias else None
+        for s, e in zip(stages, epilogues, strict=True)
+    )
+    bias = biases if block else biases[0]
+    residual = epilogues[-1].residual
+    if plan.family != "continual":
+        y = _empty(plan, g.y_shape)
+        return [_empty(plan, g.x_shape), packed, bias, y if residual else None, y]
+    batch, channels, frames, *frame = g.x_shape
+    y = _empty(plan, (batch, g.out_channels, *g.out_size[1:]))
+    x, state = ((batch, channels, *ring, *frame) for ring in ((), (frames - 1,)))
+    steps = _empty(plan, (batch,), "int64")
+    return [_empty(plan, x), packed, bias, y if residual else None, _empty(plan, state), steps, y]
+
+
+@dataclass(frozen=True)
 class Needs:
     """Per thread and per block; `stack_bytes` is where registers spill to: Triton has no arrays."""
 
     registers: int
     stack_bytes: int
     shared_bytes: int
-
-
-def compiled(launch: Any, dtypes: dict[str, str | None], chip: str) -> Any:
-    """Triton's compiled kernel, with the code of every stage in `.asm`."""
-    source = launch.source(dtypes)
-    if chip == "gfx942":  # AMD has no TF32 in three parts; its own float32 is IEEE
-        source.constants = {
-            k: "ieee" if v == "tf32x3" else v for k, v in source.constants.items()
-        }
-    return triton.compile(source, target=TARGETS[chip], options=launch.options)
 
 
 def needs(code: Any, chip: str) -> Needs:

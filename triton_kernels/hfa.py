@@ -35,7 +35,6 @@ CONFIGS: tuple[dict[str, int], ...] = (
     {"s_warps": 4},
     {"s_warps": 8},
 )
-MOST_POINTS = 12  # of a tile in time: products of all of them stay in registers
 DIRECT_FRAMES = 1  # that share inputs where the temporal stage is direct
 
 
@@ -51,8 +50,9 @@ def refuses(plan: Plan) -> str | None:
     time, high, wide = plan.transforms
     if max(high.m, wide.m) > 1:
         return "the depthwise stage is computed directly on a GPU: tiles are (m, 1, 1)"
-    if hfa_source.saves(time) and time.alpha > MOST_POINTS:
-        return f"F({time.m}, {time.r}) has {time.alpha} points, of at most {MOST_POINTS}"
+    most = hfa_source.MOST_POINTS
+    if min(time.m, time.r) > 1 and time.alpha > most:
+        return f"F({time.m}, {time.r}) has {time.alpha} points; up to {most} fit into registers"
     return None
 
 
@@ -66,11 +66,11 @@ def prepack(weights: tuple[Any, Any, Any], plan: Plan) -> tuple[Tensor, Tensor, 
     wt, wd, wp = (launch.on_device(w, plan) for w in weights)
     t, stride = plan.transforms[0], plan.geometry.temporal.stride[0]
     time = wt.flatten(2).double()
-    fast = hfa_source.saves(t)
+    fast = hfa_source.fast(t)
     u = _filter_transform(time, t, stride) if fast else time.permute(2, 0, 1)
     v = wp.flatten(1)[None].double()
-    u, v = ((_two_parts(a) if _splits(plan) else a.to(wt.dtype)) for a in (u, v))
-    return u.contiguous(), wd.flatten(1).t().contiguous(), v
+    u, v = (_as_operand(a, plan).contiguous() for a in (u, v))
+    return u, wd.flatten(1).t().contiguous(), v
 
 
 def _filter_transform(w: Tensor, t: Transform, stride: int) -> Tensor:
@@ -82,17 +82,28 @@ def _filter_transform(w: Tensor, t: Transform, stride: int) -> Tensor:
     return torch.einsum("ar,mcrp->pamc", g, by_phase).reshape(-1, *w.shape[:2])
 
 
-def _splits(plan: Plan) -> bool:
-    """Whether float32 products are three of TF32 parts: as good as IEEE, on tensor cores."""
-    return plan.dtype == "float32" and plan.precision != "tf32"
+def _mode(plan: Plan) -> str:
+    """How products are made: 'split' float32 is as good as IEEE, and on tensor cores."""
+    if plan.dtype != "float32":
+        return "plain"
+    if plan.options.get("chained"):
+        return "chained"
+    return "rounded" if plan.precision == "tf32" else "split"
 
 
-def _two_parts(u: Tensor) -> Tensor:
-    """U (points, ...) in float64 as (2 * points, ...): rounded to TF32, then what is missing."""
+def _as_operand(u: Tensor, plan: Plan) -> Tensor:
+    """U (points, ...) in float64, rounded as products want it: to TF32 where they are of TF32.
+
+    Where they are split, what that misses is in another `points` behind.
+    """
+    mode = _mode(plan)
+    if mode == "plain":
+        return u.to(getattr(torch, plan.dtype))
     bits = u.float().view(torch.int32)
-    large = ((bits + 4096) & -8192).view(torch.float32)
-    small = torch.where(u.isfinite(), u - large, 0.0)
-    return torch.cat((large, small.float()))
+    large = torch.where(u.isfinite(), ((bits + 4096) & -8192).view(torch.float32), u.float())
+    if mode == "rounded":
+        return large
+    return torch.cat((large, torch.where(u.isfinite(), u - large, 0.0).float()))
 
 
 def workspace_size(plan: Plan) -> int:
@@ -110,23 +121,20 @@ def launches(plan: Plan) -> tuple[Launch, ...]:
 
 def _temporal(plan: Plan) -> Launch:
     g, t = plan.geometry.temporal, plan.transforms[0]
-    fast = hfa_source.saves(t)
+    fast = hfa_source.fast(t)
     last = plan.layout == CHANNELS_LAST
     area, out_frames = g.in_size[1] * g.in_size[2], g.out_size[0]
     outputs = t.m if fast else min(plan.options.get("t_frames", DIRECT_FRAMES), out_frames)
     tiles = -(-out_frames // outputs)
     rows = g.batch * tiles * area
-    block = _temporal_block(plan, t.alpha if fast else outputs, rows)
-    strides = (area * g.in_channels, 1) if last else (area, g.in_size[0] * area)
-    x_t, x_c = strides
-    x_n, x_p = g.in_channels * g.in_size[0] * area, g.in_channels if last else 1
+    block = _temporal_block(plan, t.alpha if fast else outputs)
+    x_n, channel = g.in_channels * g.in_size[0] * area, g.in_size[0] * area
+    x_c, x_t, x_p = (1, area * g.in_channels, g.in_channels) if last else (channel, area, 1)
     padded = g.batch * g.in_channels * (g.in_size[0] + sum(g.padding[0]) + t.alpha) * area
     written = g.batch * g.out_channels * tiles * outputs * area
     weights = 2 * (t.alpha * g.stride[0] + 1) * g.in_channels * g.out_channels
-    first, epilogue = plan.epilogue[0], launch.epilogue_constants(plan.epilogue[0])
-    assert not first.residual
     return Launch(
-        kernel(hfa_source.temporal(t, outputs, g.kernel[0], g.stride[0], last, _splits(plan))),
+        kernel(hfa_source.temporal(t, outputs, g.kernel[0], g.stride[0], last, _mode(plan))),
         -(-rows // block["BLOCK_P"]) * -(-g.out_channels // block["BLOCK_CO"]),
         ("x", "packed0", "bias0", "workspace"),
         (
@@ -134,7 +142,8 @@ def _temporal(plan: Plan) -> Launch:
             g.in_channels, g.out_channels, x_n, x_c, x_t, x_p,
         ),
         (
-            *(pair for pair in epilogue if pair[0] != "HAS_RESIDUAL"),
+            ("HAS_BIAS", plan.epilogue[0].bias),
+            ("ACTIVATION", plan.epilogue[0].activation),
             ("WIDE", launch.wide(padded, written, weights)),
             *((name, n) for name, n in block.items() if name.startswith("BLOCK")),
         ),
@@ -147,13 +156,13 @@ def _spatial(plan: Plan) -> Launch:
     _, g, p = plan.geometry.stages
     last = plan.layout == CHANNELS_LAST
     rows = p.batch * prod(p.out_size)
-    block = _spatial_block(plan, rows)
+    block = _spatial_block(plan)
     inner = plan.epilogue[1]
     padded = g.batch * g.in_channels * prod(g.padded_size)
     written = (rows + block["BLOCK_P"]) * p.out_channels
     weights = 2 * p.in_channels * (p.out_channels + block["BLOCK_CO"]) + g.taps * g.in_channels
     return Launch(
-        kernel(hfa_source.spatial(g.kernel[1:], g.stride[1:], last, _splits(plan))),
+        kernel(hfa_source.spatial(g.kernel[1:], g.stride[1:], last, _mode(plan))),
         -(-rows // block["BLOCK_P"]) * -(-p.out_channels // block["BLOCK_CO"]),
         ("workspace", "packed1", "packed2", "bias1", "bias2", "residual", "y"),
         (
@@ -172,42 +181,39 @@ def _spatial(plan: Plan) -> Launch:
     )  # fmt: skip
 
 
-def _temporal_block(plan: Plan, accumulators: int, rows: int) -> dict[str, int]:
-    """Blocks of rows x output channels whose accumulators fit into registers.
+def _temporal_block(plan: Plan, points: int) -> dict[str, int]:
+    """Blocks of rows x output channels whose accumulators, `points` of them, fit into registers.
 
     A warp multiplies 16 rows, so that no operand has to be in the registers of two.
     """
     options, temporal = plan.options, plan.geometry.temporal
     single = plan.dtype == "float32"
     block_p = options.get("t_rows", 64 if single else 128)
-    warps = options.get("t_warps", max(4, block_p // 16))
-    room = 96 if single and accumulators > 1 else 128  # accumulators of a thread
-    most = room * 32 * warps // (accumulators * block_p)
-    block_co = min(128, max(16, launch.power_of_two(temporal.out_channels)))
-    while block_co > max(16, most) or (single and block_co > 64):
+    warps = max(4, block_p // 16)
+    block_co = min(64 if single else 128, max(16, launch.power_of_two(temporal.out_channels)))
+    while points * block_p * block_co > 64 * 32 * warps and block_co > 16:
         block_co //= 2
-    deep = 16 if _splits(plan) else 32
-    block_ci = min(deep, max(16, launch.power_of_two(temporal.in_channels)))
+    deep = options.get("t_ci", 16 if _mode(plan) in ("split", "chained") else 32)
     return {
         "BLOCK_P": block_p,
-        "BLOCK_CI": options.get("t_ci", block_ci),
+        "BLOCK_CI": min(deep, max(16, launch.power_of_two(temporal.in_channels))),
         "BLOCK_CO": options.get("t_co", block_co),
-        "warps": warps,
+        "warps": options.get("t_warps", warps),
         "stages": options.get("t_stages", 2),
     }
 
 
-def _spatial_block(plan: Plan, rows: int) -> dict[str, int]:
-    """All output channels up to 256 in a block, so that the depthwise stage is computed once."""
-    options = plan.options
-    pointwise = plan.geometry.pointwise
-    block_co = min(256, max(16, launch.power_of_two(pointwise.out_channels)))
+def _spatial_block(plan: Plan) -> dict[str, int]:
+    """As many output channels in a block as registers hold: the depthwise stage runs per block."""
+    options, pointwise = plan.options, plan.geometry.pointwise
     block_p = options.get("s_rows", 64)
-    block_ci = options.get("s_ci", min(32, max(16, launch.power_of_two(pointwise.in_channels))))
+    most = options.get("s_co", 128 if plan.dtype == "float32" else 256)
+    block_co = min(most, max(16, launch.power_of_two(pointwise.out_channels)))
+    deep = options.get("s_ci", 32)
     return {
         "BLOCK_P": block_p,
-        "BLOCK_CI": block_ci,
-        "BLOCK_CO": options.get("s_co", block_co),
+        "BLOCK_CI": min(deep, max(16, launch.power_of_two(pointwise.in_channels))),
+        "BLOCK_CO": block_co,
         "warps": options.get("s_warps", 8 if block_p * block_co > 64 * 128 else 4),
         "stages": 1,
     }

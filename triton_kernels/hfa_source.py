@@ -7,6 +7,8 @@ from functools import lru_cache
 from ..transforms import Transform
 from .emit import indented, transformed
 
+MOST_POINTS = 6  # of F(m, r) in time: more, with their operands, do not fit into registers
+
 _TEMPORAL = """\
 def hfa_temporal_kernel(
     x_ptr, u_ptr, bias_ptr, z_ptr,
@@ -48,28 +50,29 @@ def hfa_temporal_kernel(
 
 
 @lru_cache(maxsize=256)
-def temporal(t: Transform, outputs: int, taps: int, stride: int, last: bool, split: bool) -> str:
+def temporal(t: Transform, outputs: int, taps: int, stride: int, last: bool, mode: str) -> str:
     """The temporal stage: per tile `outputs` frames, by F(m, r) per phase if t saves products.
 
     outputs  t.m, or any number of frames that share inputs where the stage is direct
     last     whether x is channels last
-    split    whether U comes as two TF32 parts, all large ones first, and products are three
+    mode     how products are made of float32 operands; see `parts`. Split, U comes as its large
+             parts and, behind them, the small ones
 
     Frames are loaded once per tile and block of channels, transformed in float32, and multiplied
     by U; the products of all tiles stay in registers until the inverse transform.
     """
     rows, columns = ("[:, None]", "[None, :]") if last else ("[None, :]", "[:, None]")
-    fast = saves(t)
-    names = [f"m{j}" for j in range(t.alpha if fast else outputs)]
+    by_points = fast(t)
+    names = [f"m{j}" for j in range(t.alpha if by_points else outputs)]
     products = (
-        _fast_products(t, taps, stride, rows, columns, split)
-        if fast
-        else _direct_products(outputs, taps, stride, rows, columns, split)
+        _fast_products(t, taps, stride, rows, columns, mode)
+        if by_points
+        else _direct_products(outputs, taps, stride, rows, columns, mode)
     )
     frames = [f"z{i}" for i in range(outputs)]
     results = (
         transformed(t.output_program, names, frames, "s")
-        if fast
+        if by_points
         else [f"{z} = {m}" for z, m in zip(frames, names, strict=True)]
     )
     for i in range(outputs):
@@ -89,9 +92,9 @@ def temporal(t: Transform, outputs: int, taps: int, stride: int, last: bool, spl
     )
 
 
-def saves(t: Transform) -> bool:
-    """Whether F(m, r) is more than a direct sum in another order."""
-    return t.m > 1 and t.r > 1
+def fast(t: Transform) -> bool:
+    """Whether the temporal stage runs as F(m, r) and not as a direct sum."""
+    return t.m > 1 and t.r > 1 and t.alpha <= MOST_POINTS
 
 
 def _frame(name: str, at: int, rows: str, columns: str) -> list[str]:
@@ -107,33 +110,52 @@ def _weights(point: int, name: str = "u") -> str:
     return f"{name} = tl.load(u_at + {point} * M * C, mask=u_mask, other=0.0)"
 
 
-def split_parts(name: str) -> list[str]:
-    """The two TF32 parts of a float32 block, and the large one again without infinities.
+def parts(name: str, mode: str) -> list[str]:
+    """What `product` reads of an operand, a block named `name`.
 
-    The large one has the 10 bits behind the leading one that TF32 has. An infinity goes into one
-    product alone: in the others it could meet the other sign and become NaN.
+    rounded  the operand to the nearest TF32; tensor cores would cut it
+    split    its large part, the 10 bits behind the leading one that TF32 has, and the small rest;
+             infinities go into one product alone: in the others they could meet the other sign
     """
+    if mode == "rounded":
+        bits = f"({name}.to(tl.int32, bitcast=True) + 4096) & -8192"
+        return [
+            f"{name} = tl.where(tl.abs({name}) < float('inf'), "
+            f"({bits}).to(tl.float32, bitcast=True), {name})"
+        ]
+    if mode in ("split", "chained"):
+        bits = f"({name}.to(tl.int32, bitcast=True) & -8192)"
+        return [
+            f"{name}_large = {bits}.to(tl.float32, bitcast=True)",
+            f"{name}_bounded = tl.where(tl.abs({name}) == float('inf'), 0.0, {name}_large)",
+            f"{name}_small = tl.where(tl.abs({name}) == float('inf'), 0.0, {name} - {name}_large)",
+        ]
+    return []
+
+
+def product(total: str, operand: str, weights: str, mode: str) -> list[str]:
+    """total += operand weights; split, as three products of all parts but both small ones.
+
+    Tensor cores cut where they add, by up to a bit of the total; long sums of split products are
+    therefore added outside, where additions round.
+    """
+    if mode == "chained":
+        return [
+            f"{total} = tl.dot({operand}_small, {weights}, {total}, input_precision='tf32')",
+            f"{total} = tl.dot({operand}_bounded, small_{weights}, {total}, input_precision='tf32')",
+            f"{total} = tl.dot({operand}_large, {weights}, {total}, input_precision='tf32')",
+        ]
+    if mode != "split":
+        return [f"{total} = tl.dot({operand}, {weights}, {total}, input_precision='tf32')"]
     return [
-        f"{name}_large = ({name}.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)",
-        f"{name}_bounded = tl.where(tl.abs({name}) == float('inf'), 0.0, {name}_large)",
-        f"{name}_small = tl.where(tl.abs({name}) == float('inf'), 0.0, {name} - {name}_large)",
+        f"part = tl.dot({operand}_small, {weights}, input_precision='tf32')",
+        f"part = tl.dot({operand}_bounded, small_{weights}, part, input_precision='tf32')",
+        f"{total} += tl.dot({operand}_large, {weights}, part, input_precision='tf32')",
     ]
 
 
-def product(total: str, operand: str, weights: str, split: bool) -> list[str]:
-    """total += operand weights; split, as three products of all parts but both small ones."""
-    pairs = [(operand, weights)]
-    if split:
-        pairs = [
-            (f"{operand}_small", weights),
-            (f"{operand}_bounded", f"small_{weights}"),
-            (f"{operand}_large", weights),
-        ]
-    return [f"{total} = tl.dot({a}, {b}, {total}, input_precision='tf32')" for a, b in pairs]
-
-
 def _fast_products(
-    t: Transform, taps: int, stride: int, rows: str, columns: str, split: bool
+    t: Transform, taps: int, stride: int, rows: str, columns: str, mode: str
 ) -> list[str]:
     """M += V U for every point; phases of a strided stage are further channels."""
     phases = min(stride, taps)
@@ -148,25 +170,25 @@ def _fast_products(
         for j in range(t.alpha):
             point = phase * t.alpha + j
             lines += [f"v = v{j}.to(x_ptr.dtype.element_ty)", _weights(point)]
-            if split:
-                lines += [_weights(phases * t.alpha + point, "small_u"), *split_parts("v")]
-            lines += product(f"m{j}", "v", "u", split)
+            if mode in ("split", "chained"):
+                lines += [_weights(phases * t.alpha + point, "small_u")]
+            lines += [*parts("v", mode), *product(f"m{j}", "v", "u", mode)]
     return lines
 
 
 def _direct_products(
-    outputs: int, taps: int, stride: int, rows: str, columns: str, split: bool
+    outputs: int, taps: int, stride: int, rows: str, columns: str, mode: str
 ) -> list[str]:
     """Every tap's weights once, for all outputs of the tile."""
     lines = []
     for at in sorted({i * stride + k for i in range(outputs) for k in range(taps)}):
         lines += _frame(f"d{at}", at, rows, columns)
-        lines += split_parts(f"d{at}") if split else []
+        lines += parts(f"d{at}", mode)
     for k in range(taps):
         lines.append(_weights(k))
-        lines += [_weights(taps + k, "small_u")] if split else []
+        lines += [_weights(taps + k, "small_u")] if mode in ("split", "chained") else []
         for i in range(outputs):
-            lines += product(f"m{i}", f"d{i * stride + k}", "u", split)
+            lines += product(f"m{i}", f"d{i * stride + k}", "u", mode)
     return lines
 
 
@@ -230,20 +252,20 @@ _CONTIGUOUS = """\
 
 
 @lru_cache(maxsize=256)
-def spatial(taps: tuple[int, int], stride: tuple[int, int], last: bool, split: bool) -> str:
+def spatial(taps: tuple[int, int], stride: tuple[int, int], last: bool, mode: str) -> str:
     """The depthwise stage, computed as the operand of the pointwise product.
 
     last   whether y is channels last
-    split  whether the pointwise weights come as two TF32 parts, and products are three
+    mode   as for `temporal`
     """
-    lines = []
-    if split:
-        lines = ["small_v = tl.load(v_at + K * M, mask=v_mask, other=0.0)", *split_parts("a")]
+    lines = parts("a", mode)
+    if mode in ("split", "chained"):
+        lines.insert(0, "small_v = tl.load(v_at + K * M, mask=v_mask, other=0.0)")
     return _SPATIAL.format(
         down=stride[0],
         across=stride[1],
         high=taps[0],
         wide=taps[1],
-        product=indented([*lines, *product("total", "a", "v", split)], 2),
+        product=indented([*lines, *product("total", "a", "v", mode)], 2),
         store=_CHANNELS_LAST if last else _CONTIGUOUS,
     )
