@@ -188,6 +188,9 @@ def _conv(
         y = None if key is None else torch_ops.again(key, input, weight, bias, residual)
         if y is not None:
             return y
+        if key is None:
+            given = (input, weight, bias, residual)
+            input, weight, bias, residual = torch_ops.as_autocast_does(*given)
     check_arrays(op, input=input, weight=weight, bias=bias, residual=residual)
     if len(weight.shape) != n + 2:
         raise GeometryError(
@@ -263,6 +266,11 @@ def separable_block(
             f"{op}: needs three biases and three activations, "
             f"got {len(biases)} and {len(activations)}"
         )
+    if is_tensor(input):
+        from . import torch_ops
+
+        given = torch_ops.as_autocast_does(input, *weights, *biases, residual)
+        input, weights, biases, residual = given[0], tuple(given[1:4]), given[4:7], given[7]
     named = {
         f"{name}_weight": w
         for name, w in zip(("temporal", "depthwise", "pointwise"), weights, strict=True)
@@ -288,8 +296,6 @@ def separable_block(
         Epilogue(biases[2] is not None, activations[2], residual is not None),
     )
     if is_tensor(input):
-        from . import torch_ops
-
         y = torch_ops.separable_block(
             input,
             weights,

@@ -24,6 +24,7 @@ from .torch_ops_packed import _packed as _packed
 from .torch_ops_packed import held_weights
 from .torch_ops_packed import view as _view
 from .torch_ops_prepacked import freeze as freeze
+from .torch_ops_register import cast_by_autocast
 from .torch_ops_runner import FLOAT32 as _FLOAT32
 from .torch_ops_runner import Runner as Runner
 from .torch_ops_runner import dense, device_workspace, is_plain, new_dense, packed_weights
@@ -52,6 +53,17 @@ def key_of(tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> Any:
     except TypeError:  # lists of numbers, or of pairs
         options = tuple(map(repr, options))
     return of_input, shapes, options, winners.generation(), precision_of(input)
+
+
+def as_autocast_does(*tensors: Any) -> list[Any]:
+    """What comes in may differ in precision where autocast is about to make it alike."""
+    for tensor in tensors:
+        if isinstance(tensor, Tensor):
+            device = tensor.device.type
+            if device != "meta" and torch.is_autocast_enabled(device):
+                return cast_by_autocast(device, tensors)
+            break
+    return list(tensors)
 
 
 def again(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import ops, planner, winners
 from .epilogue import Epilogue
-from .errors import GeometryError, UnsupportedError
+from .errors import GeometryError
 from .geometry import Geometry, SeparableGeometry
 from .plan import Plan
 from .torch_autograd import (
@@ -76,7 +76,6 @@ def _impl(
     tolerance: float = 4.0,
     max_workspace_bytes: int | None = None,
 ) -> Tensor:
-    refuse_tangents(input, weight, bias, residual)
     found = route(
         input, weight, bias, stride, padding, dilation, groups, activation, residual,
         algorithm, backend, tolerance, max_workspace_bytes, "conv",
@@ -141,18 +140,6 @@ def route(
         max_workspace_bytes=max_workspace_bytes,
     )
     return remember(key, plan)
-
-
-def refuse_tangents(*tensors: Tensor | None) -> None:
-    """Raise UnsupportedError for a tensor with a forward gradient, which would be lost."""
-    forward = torch.autograd.forward_ad
-    if forward._current_level < 0:
-        return
-    for tensor in tensors:
-        if tensor is not None and forward.unpack_dual(tensor).tangent is not None:
-            raise UnsupportedError(
-                "fastconv has no forward-mode gradients; use torch.autograd.grad or backward()"
-            )
 
 
 def _fake(
