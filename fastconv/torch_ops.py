@@ -76,6 +76,13 @@ def again(
     return found(input, held_weights(weight).form(found, weight), bias, residual)
 
 
+def _trains(*tensors: Tensor | None) -> bool:
+    """Whether a gradient will be asked for, as far as can be told; not of an exported program."""
+    if not torch.is_grad_enabled() or torch.compiler.is_exporting():
+        return False
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
 def conv(
     input: Tensor,
     weight: Tensor,
@@ -96,9 +103,8 @@ def conv(
         return found(input, held_weights(weight).form(found, weight), bias, residual)
     padding = [p for pair in geometry.padding for p in pair]
     arguments = (input, weight, bias, geometry.stride, padding, geometry.dilation, geometry.groups)
-    given = [t for t in (input, weight, bias, residual) if t is not None]
     fused = epilogue.activation != "none" or residual is not None
-    if fused and torch.is_grad_enabled() and any(t.requires_grad for t in given):
+    if fused and _trains(input, weight, bias, residual):
         # What the fused operator's gradient would compute again is kept instead.
         z = torch.ops.fastconv.conv(*arguments, **choice)
         return _ACTIVATIONS[epilogue.activation](z if residual is None else z + residual)
@@ -117,8 +123,7 @@ def separable_block(
     **choice: Any,
 ) -> Tensor:
     """`ops.separable_block` on tensors; three convolutions where a gradient is asked for."""
-    given = [t for t in (input, *weights, *biases, residual) if t is not None]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+    if _trains(input, *weights, *biases, residual):
         # What the block's gradient would compute again is kept instead.
         for i, stage in enumerate(geometry.stages):
             rest = residual if i == 2 else None
