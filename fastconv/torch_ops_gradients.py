@@ -105,13 +105,14 @@ def _kernels(
 ) -> tuple[ModuleType, str, str] | None:
     """The gradient kernels that serve a convolution: module, backend, family; None for nobody's.
 
-    On a CPU the input gradient of stride 1 is left to the convolutions, which have more kernels.
+    On a CPU the input gradient is left to convolutions, which have more kernels, but for strided
+    depthwise ones.
     """
-    if gradient == "input_gradient" and device == "cpu" and backend != "reference":
-        depthwise = geometry.is_depthwise and geometry.groups > 1
-        if max(geometry.stride) == 1 or not depthwise:
-            return None
     families = ("depthwise", "grouped") if geometry.is_depthwise else ("grouped",)
+    if gradient == "input_gradient" and device == "cpu" and backend != "reference":
+        if max(geometry.stride) == 1 or not geometry.is_depthwise or geometry.groups == 1:
+            return None
+        families = ("depthwise",)
     names = (("c",) if device == "cpu" else ("triton",)) if backend == "auto" else (backend,)
     for name, family in product(names, families):
         if device not in backends.devices(name):

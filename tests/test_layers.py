@@ -25,6 +25,13 @@ LAYERS = (
     ("planner",),
     ("explanation", "ops"),
     ("torch_memory",),
+    ("torch_ops_packed",),
+    ("torch_ops_register", "torch_ops_runner"),
+    ("torch_ops_gradients",),
+    ("torch_autograd",),
+    ("torch_ops_conv",),
+    ("torch_ops_block", "torch_ops_prepacked"),
+    ("torch_ops_vmap",),
     ("torch_ops",),
     ("trial",),
     ("autotune",),
@@ -51,8 +58,12 @@ THIRD_PARTY = {
     "numba_kernels": {"numpy", "numba", "llvmlite"},
     "torch_kernels": {"numpy", "torch"},
     "triton_kernels": {"numpy", "torch", "triton"},
-    "torch_ops": {"numpy", "torch"},
-    "torch_memory": {"numpy", "torch"},
+    **{
+        name: {"numpy", "torch"}
+        for rank in LAYERS
+        for name in rank
+        if name.startswith("torch_") and name != "torch_kernels"
+    },
     "nn": {"numpy", "torch"},
     "zoo": {"torch"},
     "bench.fma": {"numpy", "numba"},  # a kernel: the peak is measured with the same vector code
