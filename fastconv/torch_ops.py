@@ -6,6 +6,7 @@ own module: torch_ops_conv, torch_ops_prepacked, torch_ops_block, torch_autograd
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -76,6 +77,16 @@ def again(
     return found(input, held_weights(weight).form(found, weight), bias, residual)
 
 
+def _sharded(*tensors: Tensor) -> bool:
+    """Whether any is a DTensor; the first one brings the sharding rules."""
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is None or not any(isinstance(t, module.DTensor) for t in tensors):
+        return False
+    from . import torch_sharding  # noqa: F401  (loading it registers the rules)
+
+    return True
+
+
 def _trains(*tensors: Tensor | None) -> bool:
     """Whether a gradient will be asked for, as far as can be told; not of an exported program."""
     if not torch.is_grad_enabled() or torch.compiler.is_exporting():
@@ -102,7 +113,9 @@ def conv(
         found = remember(key, plan_for(geometry, input, epilogue, **choice))
         return found(input, held_weights(weight).form(found, weight), bias, residual)
     padding = [p for pair in geometry.padding for p in pair]
-    arguments = (input, weight, bias, geometry.stride, padding, geometry.dilation, geometry.groups)
+    # A shard of a DTensor may have fewer groups.
+    groups = 0 if _sharded(input, weight) else geometry.groups
+    arguments = (input, weight, bias, geometry.stride, padding, geometry.dilation, groups)
     fused = epilogue.activation != "none" or residual is not None
     if fused and _trains(input, weight, bias, residual):
         # What the fused operator's gradient would compute again is kept instead.
@@ -129,6 +142,7 @@ def separable_block(
             rest = residual if i == 2 else None
             input = conv(input, weights[i], biases[i], stage, epilogue[i], rest, **choice)
         return input
+    _sharded(input, *weights)
     temporal, depthwise, _ = geometry.stages
     stride = (temporal.stride[0], *depthwise.stride[1:])
     paddings = (temporal.padding[0], *depthwise.padding[1:])
