@@ -6,11 +6,15 @@ them over several, and redistributes what fits none.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.distributed.tensor import Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
 from torch.distributed.tensor.experimental import register_sharding
+
+from . import torch_ops  # noqa: F401  (the operators are there)
 
 Rule = tuple[list[Any], list[Any]]  # placements of the outputs, and of the arguments
 _ALL, _BATCH, _CHANNELS, _SUM = Replicate(), Shard(0), Shard(1), Partial()
@@ -33,12 +37,27 @@ def _one_group(x: Any, weight: Any) -> bool:
     return x.shape[1] == weight.shape[1]
 
 
+def _rules_of(op: Any) -> Callable[[Callable[..., list[Rule]]], Callable[..., list[Rule]]]:
+    """`register_sharding`, by whose own account calls that differ in lists of numbers are alike: it
+    would remember the shape of the first one's result for all of them."""
+
+    def register(rules: Callable[..., list[Rule]]) -> Callable[..., list[Rule]]:
+        register_sharding(op)(rules)
+        types = [str(a.type) for a in op._schema.arguments]
+        first = next(i for i, t in enumerate(types) if "Tensor" not in t)
+        propagator = DTensor._op_dispatcher.sharding_propagator
+        propagator.op_to_schema_info[op] = RuntimeSchemaInfo(first, needs_pytree=True)
+        return rules
+
+    return register
+
+
 def _divides(tensor: Any, groups: int) -> bool:
     """Whether every device gets whole groups, over whichever axes of the mesh."""
     return groups % tensor.mesh.size() == 0
 
 
-@register_sharding(torch.ops.fastconv.conv.default)
+@_rules_of(torch.ops.fastconv.conv.default)
 def conv(*arguments: Any) -> list[Rule]:
     """conv(input, weight, bias, stride, padding, dilation, groups, activation, residual, ...)."""
     x, weight, *_ = arguments
@@ -55,7 +74,7 @@ def conv(*arguments: Any) -> list[Rule]:
     return rules
 
 
-@register_sharding(torch.ops.fastconv.conv_input_gradient.default)
+@_rules_of(torch.ops.fastconv.conv_input_gradient.default)
 def conv_input_gradient(*arguments: Any) -> list[Rule]:
     """conv_input_gradient(grad, weight, input_size, ..., group_outputs, ...)."""
     grad, group_outputs = arguments[0], arguments[6]
@@ -68,7 +87,7 @@ def conv_input_gradient(*arguments: Any) -> list[Rule]:
     return rules
 
 
-@register_sharding(torch.ops.fastconv.conv_weight_gradient.default)
+@_rules_of(torch.ops.fastconv.conv_weight_gradient.default)
 def conv_weight_gradient(*arguments: Any) -> list[Rule]:
     """conv_weight_gradient(grad, input, weight_size, ...)."""
     _, x, weight_size, *_ = arguments
@@ -80,13 +99,13 @@ def conv_weight_gradient(*arguments: Any) -> list[Rule]:
     return rules
 
 
-@register_sharding(torch.ops.fastconv.conv_prepacked.default)
+@_rules_of(torch.ops.fastconv.conv_prepacked.default)
 def conv_prepacked(*arguments: Any) -> list[Rule]:
     """conv_prepacked(input, packed, bias, ..., residual, ...): weights are not cut."""
     return [_rule(_ALL, arguments), _rule(_BATCH, arguments, t0=_BATCH, t9=_BATCH)]
 
 
-@register_sharding(torch.ops.fastconv.separable_block.default)
+@_rules_of(torch.ops.fastconv.separable_block.default)
 def separable_block(*arguments: Any) -> list[Rule]:
     """separable_block(input, three weights, three biases, ..., residual, ...)."""
     return [

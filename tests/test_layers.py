@@ -33,6 +33,7 @@ LAYERS = (
     ("torch_ops_block", "torch_ops_prepacked"),
     ("torch_ops_vmap",),
     ("torch_ops",),
+    ("torch_sharding",),
     ("trial",),
     ("autotune",),
     ("nn",),
@@ -51,6 +52,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # The exceptions, each with its reason; none may run while the module is loaded.
 UPWARD = {
     ("fastconv.ops", "fastconv.torch_ops"): "one door for both: the first tensor brings PyTorch in",
+    ("fastconv.torch_ops", "fastconv.torch_sharding"): "the first DTensor brings its rules in",
 }
 
 # What a module may import when it is itself imported; everywhere else, NumPy alone.

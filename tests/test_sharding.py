@@ -112,6 +112,10 @@ BLOCK = """
 x, w = spread(torch.randn(4, 8, 3, 6, 6), S0), spread(torch.randn(12, 8, 1, 1, 1), R)
 with torch.no_grad():
     assert list(fastconv.conv3d(x, w, activation="relu").placements) == [S0]
+    # Calls that differ in numbers alone.
+    assert fastconv.conv3d(x, w).shape == (4, 12, 3, 6, 6)
+    assert fastconv.conv3d(x, w, stride=2).shape == (4, 12, 2, 3, 3)
+    assert fastconv.conv3d(x, w, padding=1).shape == (4, 12, 5, 8, 8)
 weights = [torch.randn(s) for s in ((6, 4, 3, 1, 1), (6, 1, 1, 3, 3), (8, 6, 1, 1, 1))]
 x = torch.randn(2, 4, 4, 5, 5)
 with torch.no_grad():
@@ -127,3 +131,24 @@ with torch.no_grad():
 
 def test_sharded(tmp_path):
     together(SHARDED + BLOCK, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("what", "wanted"),
+    [
+        (["train", "--size", "32", "--batch", "1", "--steps", "2"], "same everywhere: True"),
+        (["streams", "--streams", "5", "--size", "16"], "streams, 2 processes: 5 streams"),
+    ],
+)
+def test_the_example_runs(what, wanted):
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES)]
+    done = subprocess.run(
+        [sys.executable, *command, str(ROOT / "examples" / "distributed.py"), *what],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert wanted in done.stdout
