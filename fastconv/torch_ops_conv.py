@@ -22,6 +22,7 @@ from .torch_autograd import (
     pairs,
     through_activation,
 )
+from .torch_ops_gradients import plan_of_fresh_weights
 from .torch_ops_packed import held_weights
 from .torch_ops_register import define, register
 from .torch_ops_runner import Runner, dtype_of, new_dense, precision_of, runner
@@ -47,11 +48,15 @@ def plan_for(
     geometry: Geometry | SeparableGeometry,
     input: Tensor,
     epilogue: Epilogue | tuple[Epilogue, Epilogue, Epilogue],
+    fresh: bool = False,
     **choice: Any,
 ) -> Plan:
-    """The plan of an epilogue and a choice of algorithm for an input like this."""
-    return planner.plan(
-        geometry,
+    """The plan of an epilogue and a choice of algorithm for an input like this.
+
+    fresh: the weights are packed for a single call
+    """
+    return (plan_of_fresh_weights if fresh else planner.plan)(
+        geometry,  # type: ignore[arg-type]  # blocks do not ask for fresh weights
         dtype=dtype_of(input),
         device=input.device.type,
         precision=precision_of(input),
@@ -102,9 +107,10 @@ def route(
     """The Runner of a call; its arguments are checked when they come for the first time."""
     if input.layout is not torch.strided or weight.layout is not torch.strided:
         ops.check_arrays(op, input=input, weight=weight)
+    fresh = weight.requires_grad and torch.is_grad_enabled()  # in the next call they are others
     key = (
         (input.shape, input.stride(), input.dtype, input.device, precision_of(input)),
-        (weight.shape, weight.dtype, weight.device),
+        (weight.shape, weight.dtype, weight.device, fresh),
         None if bias is None else (bias.shape, bias.dtype, bias.device),
         None if residual is None else (residual.shape, residual.dtype, residual.device),
         (*stride, *padding, *dilation, groups),
@@ -134,6 +140,7 @@ def route(
         geometry,
         input,
         Epilogue(bias is not None, activation, residual is not None),
+        fresh,
         algorithm=algorithm,
         backend=backend,
         tolerance=tolerance,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, ops, planner
+from . import backends, costs, ops, planner
 from .errors import UnsupportedError
 from .geometry import Geometry
 from .plan import Plan
@@ -27,6 +27,26 @@ from .torch_ops_runner import (
     precision_of,
     runner,
 )
+
+PACKING_NS = 15.0  # for every element of transformed weights, as measured
+
+
+def plan_of_fresh_weights(geometry: Geometry, *, algorithm: str = "auto", **options: Any) -> Plan:
+    """`planner.plan` for weights that are packed for a single call, as in every step of training:
+    minimal filtering has to win back the time that its filters take.
+    """
+    plan = planner.plan(geometry, algorithm=algorithm, **options)
+    if algorithm != "auto" or plan.family != "winograd" or plan.device != "cpu":
+        return plan
+    try:
+        direct = planner.plan(geometry, algorithm="direct", **options)
+    except UnsupportedError:
+        return plan
+    elements = prod(geometry.w_shape[:2]) * prod(t.alpha for t in plan.transforms)
+    elements *= prod(map(min, geometry.stride, geometry.kernel))
+    packing_ms = elements * PACKING_NS * 1e-6
+    worth = costs.estimate_ms(plan) + packing_ms < costs.estimate_ms(direct)
+    return plan if worth else direct
 
 
 def input_gradient(
@@ -194,7 +214,7 @@ def _convolutions(
             geometry.groups,
         )
         try:
-            plan = planner.plan(
+            plan = plan_of_fresh_weights(
                 convolution,
                 dtype=dtype,
                 device=device,
