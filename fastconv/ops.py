@@ -182,9 +182,11 @@ def _conv(
     if is_tensor(input) and is_tensor(weight):
         from . import torch_ops
 
-        options = (n, stride, padding, dilation, groups, activation)
-        choice = (algorithm, backend, tolerance, max_workspace_bytes)
-        key = torch_ops.key_of((input, weight, bias, residual), (*options, *choice))
+        options = (
+            n, stride, padding, dilation, groups, activation,
+            algorithm, backend, tolerance, max_workspace_bytes,
+        )  # fmt: skip
+        key = torch_ops.key_of(input, weight, bias, residual, options)
         y = None if key is None else torch_ops.again(key, input, weight, bias, residual)
         if y is not None:
             return y

@@ -37,23 +37,32 @@ from .torch_ops_runner import runner as runner
 torch_ops_vmap.register()
 
 
-def key_of(tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> Any:
-    """What tells a call of `ops` from others of the same function; None where it needs more than a
-    plan: a gradient, a trace, a refusal.
-
-    tensors  input, weights, biases, residual
-    """
-    if not is_plain(*tensors):
+def key_of(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    options: tuple[Any, ...],
+) -> Any:
+    """What tells a call of a function from others; None where it needs more than a plan: a
+    gradient, a trace, a refusal."""
+    if not is_plain(input, weight, bias, residual):
         return None
-    input, *rest = tensors
-    assert input is not None
-    shapes = tuple(None if t is None else t.shape for t in rest)
-    of_input = (input.shape, input.stride(), input.dtype, input.device)
     try:
         hash(options)
     except TypeError:  # lists of numbers, or of pairs
         options = tuple(map(repr, options))
-    return of_input, shapes, options, winners.generation(), precision_of(input)
+    return (
+        input.shape,
+        input.stride(),
+        input.dtype,
+        None if input.is_cpu else (input.device, precision_of(input)),
+        weight.shape,
+        None if bias is None else bias.shape,
+        None if residual is None else residual.shape,
+        options,
+        winners.generation(),
+    )
 
 
 def as_autocast_does(*tensors: Any) -> list[Any]:

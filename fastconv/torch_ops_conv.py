@@ -109,12 +109,23 @@ def route(
         ops.check_arrays(op, input=input, weight=weight)
     fresh = weight.requires_grad and torch.is_grad_enabled()  # in the next call they are others
     key = (
-        (input.shape, input.stride(), input.dtype, input.device, precision_of(input)),
-        (weight.shape, weight.dtype, weight.device, fresh),
+        input.shape,
+        input.stride(),
+        input.dtype,
+        None if input.is_cpu else (input.device, precision_of(input)),
+        weight.shape,
+        weight.dtype,
+        None if weight.is_cpu else weight.device,
+        fresh,
         None if bias is None else (bias.shape, bias.dtype, bias.device),
         None if residual is None else (residual.shape, residual.dtype, residual.device),
         (*stride, *padding, *dilation, groups),
-        (activation, algorithm, backend, tolerance, max_workspace_bytes, winners.generation()),
+        activation,
+        algorithm,
+        backend,
+        tolerance,
+        max_workspace_bytes,
+        winners.generation(),
     )
     found = routes.get(key)
     if found is not None:
