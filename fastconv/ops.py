@@ -182,12 +182,17 @@ def _conv(
     if is_tensor(input) and is_tensor(weight):
         from . import torch_ops
 
-        options = (n, stride, padding, dilation, groups, activation)
-        choice = (algorithm, backend, tolerance, max_workspace_bytes)
-        key = torch_ops.key_of((input, weight, bias, residual), (*options, *choice))
+        options = (
+            n, stride, padding, dilation, groups, activation,
+            algorithm, backend, tolerance, max_workspace_bytes,
+        )  # fmt: skip
+        key = torch_ops.key_of(input, weight, bias, residual, options)
         y = None if key is None else torch_ops.again(key, input, weight, bias, residual)
         if y is not None:
             return y
+        if key is None:
+            given = (input, weight, bias, residual)
+            input, weight, bias, residual = torch_ops.as_autocast_does(*given)
     check_arrays(op, input=input, weight=weight, bias=bias, residual=residual)
     if len(weight.shape) != n + 2:
         raise GeometryError(
@@ -263,6 +268,11 @@ def separable_block(
             f"{op}: needs three biases and three activations, "
             f"got {len(biases)} and {len(activations)}"
         )
+    if is_tensor(input):
+        from . import torch_ops
+
+        given = torch_ops.as_autocast_does(input, *weights, *biases, residual)
+        input, weights, biases, residual = given[0], tuple(given[1:4]), given[4:7], given[7]
     named = {
         f"{name}_weight": w
         for name, w in zip(("temporal", "depthwise", "pointwise"), weights, strict=True)
@@ -288,8 +298,6 @@ def separable_block(
         Epilogue(biases[2] is not None, activations[2], residual is not None),
     )
     if is_tensor(input):
-        from . import torch_ops
-
         y = torch_ops.separable_block(
             input,
             weights,

@@ -242,16 +242,21 @@ def gradient_of_bias(grad: Tensor) -> Tensor:
     return grad.sum([0, *range(2, grad.dim())])
 
 
-def through_activation(
-    activation: str, grad: Tensor, output: Tensor | None, before: Tensor | None
-) -> Tensor:
-    """The gradient in front of an activation, from its output (relu, sigmoid) or its input."""
+def through_activation(activation: str, grad: Tensor, output: Tensor, before: Tensor) -> Tensor:
+    """The gradient in front of an activation.
+
+    output, before: of the activation; of those in FROM_OUTPUT only the former is read, of others
+    only the latter
+    """
     aten = torch.ops.aten
     if activation == "relu":
         return aten.threshold_backward(grad, output, 0)
     if activation == "sigmoid":
         return aten.sigmoid_backward(grad, output)
     if activation == "silu":
+        if torch.is_grad_enabled():  # aten's has no derivative
+            sigmoid = torch.sigmoid(before)
+            return grad * sigmoid * (1 + before * (1 - sigmoid))
         return aten.silu_backward(grad, before)
     if activation == "hardswish":
         return aten.hardswish_backward(grad, before)

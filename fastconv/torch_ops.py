@@ -6,6 +6,7 @@ own module: torch_ops_conv, torch_ops_prepacked, torch_ops_block, torch_autograd
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from .torch_ops_packed import _packed as _packed
 from .torch_ops_packed import held_weights
 from .torch_ops_packed import view as _view
 from .torch_ops_prepacked import freeze as freeze
+from .torch_ops_register import cast_by_autocast
 from .torch_ops_runner import FLOAT32 as _FLOAT32
 from .torch_ops_runner import Runner as Runner
 from .torch_ops_runner import dense, device_workspace, is_plain, new_dense, packed_weights
@@ -35,23 +37,43 @@ from .torch_ops_runner import runner as runner
 torch_ops_vmap.register()
 
 
-def key_of(tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> Any:
-    """What tells a call of `ops` from others of the same function; None where it needs more than a
-    plan: a gradient, a trace, a refusal.
-
-    tensors  input, weights, biases, residual
-    """
-    if not is_plain(*tensors):
+def key_of(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    options: tuple[Any, ...],
+) -> Any:
+    """What tells a call of a function from others; None where it needs more than a plan: a
+    gradient, a trace, a refusal."""
+    if not is_plain(input, weight, bias, residual):
         return None
-    input, *rest = tensors
-    assert input is not None
-    shapes = tuple(None if t is None else t.shape for t in rest)
-    of_input = (input.shape, input.stride(), input.dtype, input.device)
     try:
         hash(options)
     except TypeError:  # lists of numbers, or of pairs
         options = tuple(map(repr, options))
-    return of_input, shapes, options, winners.generation(), precision_of(input)
+    return (
+        input.shape,
+        input.stride(),
+        input.dtype,
+        None if input.is_cpu else (input.device, precision_of(input)),
+        weight.shape,
+        None if bias is None else bias.shape,
+        None if residual is None else residual.shape,
+        options,
+        winners.generation(),
+    )
+
+
+def as_autocast_does(*tensors: Any) -> list[Any]:
+    """What comes in may differ in precision where autocast is about to make it alike."""
+    for tensor in tensors:
+        if isinstance(tensor, Tensor):
+            device = tensor.device.type
+            if device != "meta" and torch.is_autocast_enabled(device):
+                return cast_by_autocast(device, tensors)
+            break
+    return list(tensors)
 
 
 def again(
@@ -62,6 +84,23 @@ def again(
     if found is None:
         return None
     return found(input, held_weights(weight).form(found, weight), bias, residual)
+
+
+def _sharded(*tensors: Tensor) -> bool:
+    """Whether any is a DTensor; the first one brings the sharding rules."""
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is None or not any(isinstance(t, module.DTensor) for t in tensors):
+        return False
+    from . import torch_sharding  # noqa: F401  (loading it registers the rules)
+
+    return True
+
+
+def _trains(*tensors: Tensor | None) -> bool:
+    """Whether a gradient will be asked for, as far as can be told; not of an exported program."""
+    if not torch.is_grad_enabled() or torch.compiler.is_exporting():
+        return False
+    return any(t is not None and t.requires_grad for t in tensors)
 
 
 def conv(
@@ -83,10 +122,11 @@ def conv(
         found = remember(key, plan_for(geometry, input, epilogue, **choice))
         return found(input, held_weights(weight).form(found, weight), bias, residual)
     padding = [p for pair in geometry.padding for p in pair]
-    arguments = (input, weight, bias, geometry.stride, padding, geometry.dilation, geometry.groups)
-    given = [t for t in (input, weight, bias, residual) if t is not None]
+    # A shard of a DTensor may have fewer groups.
+    groups = 0 if _sharded(input, weight) else geometry.groups
+    arguments = (input, weight, bias, geometry.stride, padding, geometry.dilation, groups)
     fused = epilogue.activation != "none" or residual is not None
-    if fused and torch.is_grad_enabled() and any(t.requires_grad for t in given):
+    if fused and _trains(input, weight, bias, residual):
         # What the fused operator's gradient would compute again is kept instead.
         z = torch.ops.fastconv.conv(*arguments, **choice)
         return _ACTIVATIONS[epilogue.activation](z if residual is None else z + residual)
@@ -105,13 +145,13 @@ def separable_block(
     **choice: Any,
 ) -> Tensor:
     """`ops.separable_block` on tensors; three convolutions where a gradient is asked for."""
-    given = [t for t in (input, *weights, *biases, residual) if t is not None]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+    if _trains(input, *weights, *biases, residual):
         # What the block's gradient would compute again is kept instead.
         for i, stage in enumerate(geometry.stages):
             rest = residual if i == 2 else None
             input = conv(input, weights[i], biases[i], stage, epilogue[i], rest, **choice)
         return input
+    _sharded(input, *weights)
     temporal, depthwise, _ = geometry.stages
     stride = (temporal.stride[0], *depthwise.stride[1:])
     paddings = (temporal.padding[0], *depthwise.padding[1:])

@@ -20,7 +20,7 @@ from .torch_autograd import (
     pairs,
     through_activation,
 )
-from .torch_ops_conv import plan_for, refuse_tangents, remember, result_shape, routes
+from .torch_ops_conv import plan_for, remember, result_shape, routes
 from .torch_ops_packed import held_weights
 from .torch_ops_register import define, register
 from .torch_ops_runner import Runner, new_dense, precision_of
@@ -67,7 +67,6 @@ def _impl(
 ) -> Tensor:
     weights = (temporal_weight, depthwise_weight, pointwise_weight)
     biases = (temporal_bias, depthwise_bias, pointwise_bias)
-    refuse_tangents(input, *weights, *biases, residual)
     key = (
         (input.shape, input.stride(), input.dtype, input.device, precision_of(input)),
         tuple((w.shape, w.dtype, w.device) for w in weights),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import ops, planner, winners
 from .epilogue import Epilogue
-from .errors import GeometryError, UnsupportedError
+from .errors import GeometryError
 from .geometry import Geometry, SeparableGeometry
 from .plan import Plan
 from .torch_autograd import (
@@ -22,6 +22,7 @@ from .torch_autograd import (
     pairs,
     through_activation,
 )
+from .torch_ops_gradients import plan_of_fresh_weights
 from .torch_ops_packed import held_weights
 from .torch_ops_register import define, register
 from .torch_ops_runner import Runner, dtype_of, new_dense, precision_of, runner
@@ -47,11 +48,15 @@ def plan_for(
     geometry: Geometry | SeparableGeometry,
     input: Tensor,
     epilogue: Epilogue | tuple[Epilogue, Epilogue, Epilogue],
+    fresh: bool = False,
     **choice: Any,
 ) -> Plan:
-    """The plan of an epilogue and a choice of algorithm for an input like this."""
-    return planner.plan(
-        geometry,
+    """The plan of an epilogue and a choice of algorithm for an input like this.
+
+    fresh: the weights are packed for a single call
+    """
+    return (plan_of_fresh_weights if fresh else planner.plan)(
+        geometry,  # type: ignore[arg-type]  # blocks do not ask for fresh weights
         dtype=dtype_of(input),
         device=input.device.type,
         precision=precision_of(input),
@@ -76,7 +81,6 @@ def _impl(
     tolerance: float = 4.0,
     max_workspace_bytes: int | None = None,
 ) -> Tensor:
-    refuse_tangents(input, weight, bias, residual)
     found = route(
         input, weight, bias, stride, padding, dilation, groups, activation, residual,
         algorithm, backend, tolerance, max_workspace_bytes, "conv",
@@ -103,13 +107,25 @@ def route(
     """The Runner of a call; its arguments are checked when they come for the first time."""
     if input.layout is not torch.strided or weight.layout is not torch.strided:
         ops.check_arrays(op, input=input, weight=weight)
+    fresh = weight.requires_grad and torch.is_grad_enabled()  # in the next call they are others
     key = (
-        (input.shape, input.stride(), input.dtype, input.device, precision_of(input)),
-        (weight.shape, weight.dtype, weight.device),
+        input.shape,
+        input.stride(),
+        input.dtype,
+        None if input.is_cpu else (input.device, precision_of(input)),
+        weight.shape,
+        weight.dtype,
+        None if weight.is_cpu else weight.device,
+        fresh,
         None if bias is None else (bias.shape, bias.dtype, bias.device),
         None if residual is None else (residual.shape, residual.dtype, residual.device),
         (*stride, *padding, *dilation, groups),
-        (activation, algorithm, backend, tolerance, max_workspace_bytes, winners.generation()),
+        activation,
+        algorithm,
+        backend,
+        tolerance,
+        max_workspace_bytes,
+        winners.generation(),
     )
     found = routes.get(key)
     if found is not None:
@@ -135,24 +151,13 @@ def route(
         geometry,
         input,
         Epilogue(bias is not None, activation, residual is not None),
+        fresh,
         algorithm=algorithm,
         backend=backend,
         tolerance=tolerance,
         max_workspace_bytes=max_workspace_bytes,
     )
     return remember(key, plan)
-
-
-def refuse_tangents(*tensors: Tensor | None) -> None:
-    """Raise UnsupportedError for a tensor with a forward gradient, which would be lost."""
-    forward = torch.autograd.forward_ad
-    if forward._current_level < 0:
-        return
-    for tensor in tensors:
-        if tensor is not None and forward.unpack_dual(tensor).tangent is not None:
-            raise UnsupportedError(
-                "fastconv has no forward-mode gradients; use torch.autograd.grad or backward()"
-            )
 
 
 def _fake(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, ops, planner
+from . import backends, costs, ops, planner
 from .errors import UnsupportedError
 from .geometry import Geometry
 from .plan import Plan
@@ -27,6 +27,26 @@ from .torch_ops_runner import (
     precision_of,
     runner,
 )
+
+PACKING_NS = 15.0  # for every element of transformed weights, as measured
+
+
+def plan_of_fresh_weights(geometry: Geometry, *, algorithm: str = "auto", **options: Any) -> Plan:
+    """`planner.plan` for weights that are packed for a single call, as in every step of training:
+    minimal filtering has to win back the time that its filters take.
+    """
+    plan = planner.plan(geometry, algorithm=algorithm, **options)
+    if algorithm != "auto" or plan.family != "winograd" or plan.device != "cpu":
+        return plan
+    try:
+        direct = planner.plan(geometry, algorithm="direct", **options)
+    except UnsupportedError:
+        return plan
+    elements = prod(geometry.w_shape[:2]) * prod(t.alpha for t in plan.transforms)
+    elements *= prod(map(min, geometry.stride, geometry.kernel))
+    packing_ms = elements * PACKING_NS * 1e-6
+    worth = costs.estimate_ms(plan) + packing_ms < costs.estimate_ms(direct)
+    return plan if worth else direct
 
 
 def input_gradient(
@@ -105,13 +125,14 @@ def _kernels(
 ) -> tuple[ModuleType, str, str] | None:
     """The gradient kernels that serve a convolution: module, backend, family; None for nobody's.
 
-    On a CPU the input gradient of stride 1 is left to the convolutions, which have more kernels.
+    On a CPU the input gradient is left to convolutions, which have more kernels, but for strided
+    depthwise ones.
     """
-    if gradient == "input_gradient" and device == "cpu" and backend != "reference":
-        depthwise = geometry.is_depthwise and geometry.groups > 1
-        if max(geometry.stride) == 1 or not depthwise:
-            return None
     families = ("depthwise", "grouped") if geometry.is_depthwise else ("grouped",)
+    if gradient == "input_gradient" and device == "cpu" and backend != "reference":
+        if max(geometry.stride) == 1 or not geometry.is_depthwise or geometry.groups == 1:
+            return None
+        families = ("depthwise",)
     names = (("c",) if device == "cpu" else ("triton",)) if backend == "auto" else (backend,)
     for name, family in product(names, families):
         if device not in backends.devices(name):
@@ -193,7 +214,7 @@ def _convolutions(
             geometry.groups,
         )
         try:
-            plan = planner.plan(
+            plan = plan_of_fresh_weights(
                 convolution,
                 dtype=dtype,
                 device=device,

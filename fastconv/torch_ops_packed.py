@@ -127,7 +127,7 @@ def _sample(weight: Tensor) -> np.ndarray:
 
     Empty where NumPy cannot see them.
     """
-    if weight.device.type != "cpu":
+    if weight.device.type != "cpu" or weight.dim() < 3:  # frozen weights have one axis
         return np.empty(0)
     # NumPy has no bfloat16: precisions of two bytes are seen as integers.
     weight = weight.detach()

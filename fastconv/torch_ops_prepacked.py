@@ -24,7 +24,7 @@ from .torch_autograd import (
     gradient_of_input,
     through_activation,
 )
-from .torch_ops_conv import refuse_tangents, result_shape, route
+from .torch_ops_conv import result_shape, route
 from .torch_ops_packed import held_weights
 from .torch_ops_register import define, register
 from .torch_ops_runner import new_dense
@@ -71,7 +71,6 @@ def _impl(
     tolerance: float = 4.0,
     max_workspace_bytes: int | None = None,
 ) -> Tensor:
-    refuse_tangents(input, bias, residual)
     weight = _weight(packed, weight_size)
     runner = route(
         input, weight, bias, stride, padding, dilation, groups, activation, residual,

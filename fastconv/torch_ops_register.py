@@ -6,11 +6,15 @@ as a small convolution. Here a call without gradients of ordinary tensors goes s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+
+from .errors import UnsupportedError
 
 _C = torch._C
 _PLAIN = tuple(
@@ -58,10 +62,12 @@ def _differentiable(
     """The operator's kernel for the Autograd key."""
     defaults = [a.default_value for a in op._schema.arguments]
 
-    class Gradient(torch.autograd.Function):
+    # The dispatcher calls once per level of torch.func, so that a function of one level suffices.
+    class Gradient(torch.autograd.function._SingleLevelFunction):
         @staticmethod
         def forward(ctx: Any, keys: Any, *given: Any) -> Tensor:
-            with _C._AutoDispatchBelowAutograd():
+            # Levels of torch.func below this one have gradients of their own.
+            with torch.enable_grad(), _C._AutoDispatchBelowAutograd():
                 y = op.redispatch(keys, *given)
             # Arguments that equal their defaults are not passed on.
             context(ctx, (*given, *defaults[len(given) :]), y)
@@ -74,8 +80,13 @@ def _differentiable(
             return (None, *backward(ctx, grad)[: len(needs)])
 
     def kernel(keyset: Any, *given: Any) -> Tensor:
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(op, given)
         keys = keyset & _C._after_autograd_keyset
         if _C.is_grad_enabled() and _C._any_requires_grad(*given):
+            if _C._are_functorch_transforms_active():
+                with enable_single_level_autograd_function():
+                    return Gradient.apply(keys, *given)
             return Gradient.apply(keys, *given)
         if keys.raw_repr() in _PLAIN:
             return impl(*given)
@@ -85,19 +96,34 @@ def _differentiable(
     return kernel
 
 
+def _refuse_tangents(op: Any, given: tuple[Any, ...]) -> None:
+    """They would be lost without a word."""
+    for value in given:
+        if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+            raise UnsupportedError(
+                f"{op}: has no forward-mode gradient; use backward(), torch.autograd.grad or "
+                "torch.func.vjp"
+            )
+
+
+def cast_by_autocast(device: str, tensors: Iterable[Any]) -> list[Any]:
+    """float32 and below to autocast's precision on a device, whatever else as it is."""
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.device.type != device:
+            return value
+        single = value.is_floating_point() and value.dtype != torch.float64
+        return value.to(dtype) if single else value
+
+    return list(map(cast, tensors))
+
+
 def _in_precision_of_autocast(op: Any, device: str) -> Callable[..., Tensor]:
     """As PyTorch's own convolutions: float tensors are cast, except float64."""
 
     def kernel(*given: Any) -> Tensor:
-        dtype = torch.get_autocast_dtype(device)
-
-        def cast(value: Any) -> Any:
-            if not isinstance(value, Tensor) or value.device.type != device:
-                return value
-            single = value.is_floating_point() and value.dtype != torch.float64
-            return value.to(dtype) if single else value
-
         with torch.autocast(device, enabled=False):
-            return op(*map(cast, given))
+            return op(*cast_by_autocast(device, given))
 
     return kernel

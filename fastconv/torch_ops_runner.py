@@ -30,7 +30,7 @@ class Runner:
 
     def __init__(self, plan: Plan) -> None:
         module = backends.kernel(plan.family, plan.backend)
-        self.plan = plan
+        self.plan, self._layout, self._in_c = plan, plan.layout, plan.backend == "c"
         self._run = module.run
         self._size_of = module.workspace_size
         self._sizes: dict[int, int] = {}  # by number of threads
@@ -47,11 +47,12 @@ class Runner:
 
     def __call__(self, x: Tensor, packed: Any, bias: Any, residual: Tensor | None = None) -> Tensor:
         """y (N, K, *out_size) in the plan's layout, without a gradient; x may have any strides."""
-        layout = self.plan.layout
+        layout = self._layout
         x = dense(x, layout)
         if self._convolve is not None:
             return dense(self._convolve(x, packed, bias, self.plan.geometry), layout)
-        residual = dense(residual, layout)
+        if residual is not None:
+            residual = dense(residual, layout)
         bias = tuple(map(_flat, bias)) if isinstance(bias, tuple) else _flat(bias)
         if self._y_strides is None:
             y = new_dense(self._y_shape, x, layout)
@@ -59,13 +60,13 @@ class Runner:
             y = x.new_empty_strided(self._y_shape, self._y_strides)
         if not y.numel():
             return y
+        if self._in_c:  # sees addresses only, and knows what was packed
+            workspace = ops.workspace(packed.workspace_size(), FLOAT32)
+            self._run(self.plan, x, packed, bias, residual, y, workspace)
+            return y
         if self.plan.backend in ON_TENSORS:
             scratch = device_workspace(self._size_of(self.plan), y)
             self._run(self.plan, x, packed, bias, residual, y, scratch)
-            return y
-        if self.plan.backend == "c":  # sees addresses only, and knows what was packed
-            workspace = ops.workspace(packed.workspace_size(), FLOAT32)
-            self._run(self.plan, x, packed, bias, residual, y, workspace)
             return y
         threads = follow_threads() if self.plan.backend == "numba" else 0
         size = self._sizes.get(threads)
@@ -88,15 +89,19 @@ def is_plain(*tensors: Tensor | None) -> bool:
     first = tensors[0]
     if first is None or type(first) is not Tensor or first.layout is not torch.strided:
         return False
-    dtype, device, differentiable = first.dtype, first.device, torch.is_grad_enabled()
-    if device.type == "meta" or torch.is_autocast_enabled(device.type):
+    dtype, on_cpu, device = first.dtype, first.is_cpu, "cpu"
+    if not on_cpu:
+        device = first.device.type
+        if device == "meta" or any(t is not None and t.device != first.device for t in tensors):
+            return False
+    if torch.is_autocast_enabled(device):
+        return False
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
         return False
     for t in tensors:
-        if t is None:
-            continue
-        if type(t) not in _ORDINARY or t.is_neg():
-            return False
-        if t.dtype != dtype or t.device != device or (differentiable and t.requires_grad):
+        if t is not None and (
+            type(t) not in _ORDINARY or t.dtype != dtype or t.is_cpu is not on_cpu or t.is_neg()
+        ):
             return False
     return True
 

@@ -13,6 +13,7 @@ except ImportError as error:
 
 from .conv import Conv1d, Conv2d, Conv3d
 from .rewrite import Report, accelerate
+from .separable import SeparableBlock
 from .trace import Layer, trace
 
-__all__ = ["Conv1d", "Conv2d", "Conv3d", "Layer", "Report", "accelerate", "trace"]
+__all__ = ["Conv1d", "Conv2d", "Conv3d", "Layer", "Report", "SeparableBlock", "accelerate", "trace"]
