@@ -459,7 +459,7 @@ def _mask(op: str, active: Any, input: Array) -> Array | None:
             raise GeometryError(f"{op}: active must have shape ({n},), got {tuple(active.shape)}")
         if is_tensor(active) != tensor or (tensor and active.device != input.device):
             raise UnsupportedError(f"{op}: active must be of the kind and on the device of input")
-        return active
+        return active.contiguous() if tensor else np.ascontiguousarray(active)
     slots = active.tolist() if hasattr(active, "tolist") else list(active)
     if any(isinstance(slot, bool) or not 0 <= slot < n for slot in slots):
         raise GeometryError(f"{op}: active slots must be in 0 .. {n - 1}, got {slots}")
