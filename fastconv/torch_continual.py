@@ -160,7 +160,6 @@ def _step_impl(
         window,
         form,
         start,
-        plain=active is None and update_state,
         dtype=str(input.dtype).removeprefix("torch."),
         device=input.device.type,
         precision=torch_ops.precision_of(input),
