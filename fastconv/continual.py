@@ -476,7 +476,19 @@ def step_plan(window: Geometry, form: str, start: str, **choice: Any) -> Plan:
     plan = planner.plan(window, continual=True, **choice)
     options = {"sum": int(form == "sum"), "replicate": int(start == "replicate")}
     config = tuple((name, value) for name, value in options.items() if value)
-    return replace(plan, config=config) if config else plan
+    if not config:
+        return plan
+    plan = replace(plan, config=config)
+    limit = choice.get("max_workspace_bytes")
+    if limit is not None:  # which the planner held against the form of frames
+        elements = backends.kernel(plan.family, plan.backend).workspace_size(plan)
+        size = elements * ELEMENT_BYTES[plan.dtype]
+        if size > limit:
+            raise UnsupportedError(
+                f"the form {form!r} on backend {plan.backend!r} needs {size:,} bytes of "
+                f"workspace, allowed are {limit:,}"
+            )
+    return plan
 
 
 def run_step(
