@@ -282,7 +282,7 @@ class Window(Op):
                 kept = ring[torch.from_numpy(places), torch.arange(ring.shape[1])]
             else:
                 kept = ring[[(newest - age) % self.reach for age in order]]
-            y = self.reduce(torch.cat([kept, x[None]]))
+            y = self.reduce(torch.cat([kept, x[None]]).contiguous())
         write(ring, newest % self.reach, x, ons[0])
         return y
 
@@ -298,7 +298,7 @@ class Window(Op):
                     window.append(each[c - x.first])
                 else:
                     window.append(torch.full_like(each[0], self.blank))
-            columns.append(self.reduce(torch.stack(window)))
+            columns.append(self.reduce(torch.stack(window).contiguous()))
         return columns
 
     def last(self, ends: Sequence[int]) -> int:
