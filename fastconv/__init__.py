@@ -13,6 +13,10 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from fastconv import nn as nn
     from fastconv import zoo as zoo
+    from fastconv.continual import continual_state as continual_state
+    from fastconv.continual import continual_step as continual_step
+    from fastconv.continual import continual_step_functional as continual_step_functional
+    from fastconv.continual import continual_steps as continual_steps
     from fastconv.counts import count as count
     from fastconv.epilogue import Epilogue as Epilogue
     from fastconv.errors import BackendError as BackendError
@@ -22,8 +26,6 @@ if TYPE_CHECKING:
     from fastconv.geometry import Geometry as Geometry
     from fastconv.geometry import SeparableGeometry as SeparableGeometry
     from fastconv.nn.rewrite import accelerate as accelerate
-    from fastconv.ops import continual_state as continual_state
-    from fastconv.ops import continual_step as continual_step
     from fastconv.ops import conv1d as conv1d
     from fastconv.ops import conv2d as conv2d
     from fastconv.ops import conv3d as conv3d
@@ -43,8 +45,10 @@ _NUMPY_ALONE = {
     "conv2d": "ops",
     "conv3d": "ops",
     "separable_block": "ops",
-    "continual_step": "ops",
-    "continual_state": "ops",
+    "continual_step": "continual",
+    "continual_step_functional": "continual",
+    "continual_steps": "continual",
+    "continual_state": "continual",
     "explain": "explanation",
     "plan": "planner",
     "tune": "autotune",

@@ -193,45 +193,6 @@ def separable_block(
     return execute(plan, input, _pack(plan, weights), tuple(biases), residual)
 
 
-def new_state(shape: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor]:
-    """Zero frames of this shape in the layout, precision and device of `like`, and zero steps."""
-    frames = new_dense(shape, like, ops.layout_of(like)).zero_()
-    return frames, torch.zeros(shape[0], dtype=torch.int64, device=like.device)
-
-
-def continual_step(
-    plan: Plan,
-    input: Tensor,
-    state: ops.State,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-) -> Tensor:
-    """`ops.continual_step` on tensors; no gradient is kept."""
-    with torch.no_grad():
-        shape = (*plan.geometry.y_shape[:2], *plan.geometry.y_shape[3:])
-        y = new_dense(shape, input, plan.layout)
-        packed = packed_weights(plan, weight)
-        if plan.backend in ON_TENSORS:
-            if y.numel():
-                module = backends.kernel("continual", plan.backend)
-                x, r = dense(input, plan.layout), dense(residual, plan.layout)
-                scratch = device_workspace(module.workspace_size(plan), y)
-                module.run(plan, x, packed, bias, r, state.frames, state.steps, y, scratch)
-        elif plan.backend == "c":
-            if y.numel():
-                x, r = dense(input, plan.layout), dense(residual, plan.layout)
-                workspace = ops.workspace(packed.workspace_size(), _FLOAT32)
-                packed.step(x, bias, r, state.frames, state.steps, y, workspace)
-        else:
-            if plan.backend == "numba":
-                _follow_threads()
-            x, b, r = map(_view, (input, bias, residual))
-            views = ops.State(_view(state.frames), _view(state.steps))
-            ops.run_step(plan, x, packed, b, r, views, _view(y))
-    return y
-
-
 class Runner:
     """A plan ready for many calls: its kernel, workspace and output shape are looked up once."""
 

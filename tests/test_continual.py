@@ -245,13 +245,6 @@ def test_numba_streams_have_the_bits_of_the_clip_kernel(layout, groups, unrolled
         assert np.array_equal(columns[t], want[:, :, 0])
 
 
-@backends
-def test_refuses_a_temporal_stride(backend):
-    geometry = Geometry.of((1, 4, 3, 5, 5), (4, 4, 3, 3, 3), (2, 1, 1), (0, 1, 1))
-    reason = kernel("continual", backend).supports(geometry, "float32", Epilogue())
-    assert reason == "a step emits one column per frame; temporal stride 2 is not served"
-
-
 def test_zeros_before_the_first_frame_are_the_padding_of_the_definition():
     """The reference's stream against `direct` itself, without this file's own helpers."""
     x, w = cases.random((1, 3, 5, 4, 4), 0), cases.random((2, 3, 3, 3, 3), 1)

@@ -23,8 +23,10 @@ LAYERS = (
     ("winners",),  # what autotune measured: read by the planner, whom autotune asks for candidates
     ("planner",),
     ("explanation", "ops"),
+    ("continual",),
     ("torch_memory",),
     ("torch_ops",),
+    ("torch_continual",),
     ("trial",),
     ("autotune",),
     ("nn",),
@@ -43,6 +45,8 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # The exceptions, each with its reason; none may run while the module is loaded.
 UPWARD = {
     ("fastconv.ops", "fastconv.torch_ops"): "one door for both: the first tensor brings PyTorch in",
+    ("fastconv.continual", "fastconv.torch_ops"): "as ops",
+    ("fastconv.continual", "fastconv.torch_continual"): "as ops",
 }
 
 # What a module may import when it is itself imported; everywhere else, NumPy alone.
@@ -52,6 +56,7 @@ THIRD_PARTY = {
     "triton_kernels": {"numpy", "torch", "triton"},
     "torch_ops": {"numpy", "torch"},
     "torch_memory": {"numpy", "torch"},
+    "torch_continual": {"numpy", "torch"},
     "nn": {"numpy", "torch"},
     "zoo": {"torch"},
     "bench.fma": {"numpy", "numba"},  # a kernel: the peak is measured with the same vector code

@@ -70,7 +70,9 @@ def workspace_size(plan: Plan) -> int:
     return pieces_size([window, module.workspace_size(clip)], plan.dtype)
 
 
-def run(plan, x, packed, bias, residual, state, steps, y, workspace) -> None:
+def run(
+    plan, x, packed, bias, residual, state, steps, y, workspace, active=None, update=True
+) -> None:
     """Write the output column that the frame x completes to y, and the frame itself to the state.
 
     x         (N, C, *frame), frame = the axes behind the first
