@@ -25,22 +25,32 @@ class _Layer(Continual):
     padding: Any = 0  # PyTorch's own, per axis, time first
 
     def __init__(
-        self, *args: Any, start: str = "wait", backend: str = "auto", **kwargs: Any
+        self,
+        *args: Any,
+        start: str = "wait",
+        backend: str = "auto",
+        form: str = "ring",
+        **kwargs: Any,
     ) -> None:
         nn.Module.__init__(self)
         own = next(c for c in type(self).__mro__ if c.__module__.startswith("torch.nn"))
         own.__init__(self, *args, **kwargs)
-        self.start_mode, self.backend = start, backend
+        self.start_mode, self.backend, self.form = start, backend, form
         self._forget()
 
     @classmethod
     def convert(
-        cls: type[Module], module: nn.Module, *, start: str = "wait", backend: str = "auto"
+        cls: type[Module],
+        module: nn.Module,
+        *,
+        start: str = "wait",
+        backend: str = "auto",
+        form: str = "ring",
     ) -> Module:
         """This class with the parameters (not copies) of PyTorch's module."""
         new = cls.__new__(cls)
         new.__dict__.update(module.__dict__)
-        new.start_mode, new.backend = start, backend
+        new.start_mode, new.backend, new.form = start, backend, form
         new._forget()
         return new
 
@@ -205,7 +215,8 @@ class Concat(Continual):
 
     def record(self, graph: Graph, value: int) -> int:
         found = [
-            recorded(graph, branch, value, f"branches.{i}") for i, branch in enumerate(self.branches)
+            recorded(graph, branch, value, f"branches.{i}")
+            for i, branch in enumerate(self.branches)
         ]
         return graph.framewise(rules.concatenated, *found, name="concat")
 

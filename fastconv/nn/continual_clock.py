@@ -97,9 +97,7 @@ def joined(clocks: Sequence[Clock], start: str) -> Clock:
         raise UnsupportedError(
             f"joins branches with a column every {' and every '.join(map(str, rates))} frames"
         )
-    together = Clock(
-        rates[0], max(c.lag for c in clocks), min(c.earliest for c in clocks)
-    )
+    together = Clock(rates[0], max(c.lag for c in clocks), min(c.earliest for c in clocks))
     # What a branch has not computed yet is its padding, zeros, where padding is kept.
     return together.started(start, min(c.begin or 0 for c in clocks))
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastconv import ops, planner, torch_ops, winners
+from fastconv import continual, ops, torch_continual, torch_ops, winners
+from fastconv.continual import State as Memory
 from fastconv.epilogue import Epilogue
 from fastconv.errors import UnsupportedError
 from fastconv.geometry import Geometry
@@ -44,6 +48,9 @@ class Convolution(Op):
     norm        a batch norm in eval mode behind it, folded into the weights
     activation  by the name that `fastconv.conv3d` knows
     residual    whether a second value is added before the activation
+    form        of the memory, see `fastconv.continual_state`; convolutions with a temporal stride
+                keep frames, 'ring', in any case
+    start       'replicate' where the first frame stands for all before it
     """
 
     slot_axis = 0
@@ -56,11 +63,15 @@ class Convolution(Op):
         activation: str = "none",
         residual: bool = False,
         backend: str = "auto",
+        form: str = "ring",
+        start: str = "zeros",
     ) -> None:
         self.module, self.norm, self.backend = module, norm, backend
         self.epilogue = Epilogue(module.bias is not None or norm is not None, activation, residual)
         self.padding = paddings(module)
         self.reach = module.dilation[0] * (module.kernel_size[0] - 1)
+        self.form, self.before = "ring", "zeros"
+        self._wanted, self._replicate = form, start == "replicate"
         self._plans: dict[Any, Plan] = {}
         self._folded: tuple[Tensor, Tensor | None] | None = None
 
@@ -74,7 +85,8 @@ class Convolution(Op):
         if norm is None:
             return m.weight, m.bias
         if self._folded is None:
-            assert norm.running_mean is not None and norm.running_var is not None
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
             # In float64: the folded network rounds once where the module rounds twice.
             scale = (norm.running_var.double() + norm.eps).rsqrt()
             shift = -norm.running_mean.double() * scale
@@ -89,10 +101,20 @@ class Convolution(Op):
         return self._folded
 
     def allocate(self, xs: Sequence[Tensor]) -> State:
-        n, c, _, *frame = xs[0].shape
-        frames = torch_ops.new_dense((n, c, self.reach, *frame), xs[0], CHANNELS_LAST)
+        window = self._window(xs[0].select(2, 0))
+        self.form = "ring" if self.module.stride[0] > 1 or not self.reach else self._wanted
+        if self.form == "auto":
+            sums, frames = (prod(continual.state_shape(window, f)) for f in ("sum", "ring"))
+            self.form = "sum" if 4 * sums < frames * xs[0].element_size() else "ring"
+        self.before = "replicate" if self.form == "sum" and self._replicate else "zeros"
+        self._plans.clear()
+        dtype = xs[0].dtype
+        if self.form == "sum" and dtype != torch.float64:
+            dtype = torch.float32
+        n, c, ring, *frame = continual.state_shape(window, self.form)
+        memory = torch.zeros((n, ring, *frame, c), dtype=dtype, device=xs[0].device)
         steps = torch.zeros(n, dtype=torch.int64, device=xs[0].device)
-        return {"frames": frames.zero_(), "steps": steps}
+        return {"frames": memory.movedim(-1, 1), "steps": steps}
 
     def clear(self, state: State, slots: Tensor | None = None) -> None:
         for tensor in state.values():
@@ -103,6 +125,8 @@ class Convolution(Op):
 
     def fill(self, state: State, xs: Sequence[Tensor], slots: On) -> None:
         frames = state["frames"]
+        if self.form == "sum":
+            return  # the kernel's own start
         if slots is True:
             frames.copy_(xs[0].expand_as(frames))
         elif slots is not False:
@@ -123,68 +147,87 @@ class Convolution(Op):
         w, b = self.weights()
         if torch.is_grad_enabled() and (xs[0].requires_grad or w.requires_grad):
             return self._differentiable(state, x, came, residual)
-        if on is True:
-            frames = ops.State(state["frames"], state["steps"])
-            plan = self._plan(x)
-            return torch_ops.continual_step(plan, x, frames, w, b, residual).unsqueeze(2)
-        index = rows(on)
+        memory = self._memory(state)
+        plan = self._plan(x)
+        if came is True:
+            return torch_continual.step(plan, x, memory, w, b, residual).unsqueeze(2)
+        masked = self._plan(x, plain=False)
+        if masked.backend == plan.backend:
+            mask = torch.from_numpy(came).to(x.device)
+            y = torch_continual.step(masked, x, memory, w, b, residual, mask)
+            return y.unsqueeze(2)
+        index = rows(came)  # the slots by themselves, on the same kernel as all of them together
         some = {name: tensor[index] for name, tensor in state.items()}
-        part = torch_ops.continual_step(
+        part = torch_continual.step(
             self._plan(x[index]),
             x[index],
-            ops.State(some["frames"], some["steps"]),
+            self._memory(some),
             w,
             b,
             None if residual is None else residual[index],
         )
         for name, tensor in some.items():
             state[name][index] = tensor
-        if came is True or (came & ~on).any():
-            self._push(state, x, ~on if came is True else came & ~on)
         y = torch_ops.new_dense((x.shape[0], *part.shape[1:]), x, CHANNELS_LAST).zero_()
         y[index] = part
         return y.unsqueeze(2)
 
+    def _memory(self, state: State) -> Memory:
+        """The state as the kernels take it; columns are asked for when they are there."""
+        return Memory(state["frames"], state["steps"], self.form, self.before)
+
     def _push(self, state: State, x: Tensor, slots: On) -> None:
-        """The frame goes into the ring, and nothing is computed."""
+        """The frame goes into the memory, and no column is needed."""
+        if self.form == "sum":
+            came = None if slots is True else torch.from_numpy(np.asarray(slots)).to(x.device)
+            w, _ = self.weights()
+            plan = self._plan(x, plain=slots is True)
+            plan = replace(plan, epilogue=Epilogue())
+            torch_continual.step(plan, x, self._memory(state), w, None, None, came)
+            return
         frames, steps = state["frames"], state["steps"]
         index = torch.arange(x.shape[0]) if slots is True else rows(slots)
         if self.reach:
             frames[index, :, steps[index] % self.reach] = x[index].detach()
         steps[index] += 1
 
-    def _differentiable(
-        self, state: State, x: Tensor, came: On, residual: Tensor | None
-    ) -> Tensor:
-        """The same with a gradient for the weights and the newest frame; the ring is constant."""
-        frames, steps = state["frames"], state["steps"]
-        n, stride = torch.arange(x.shape[0]), self.module.dilation[0]
-        order = [(steps - age) % self.reach for age in range(self.reach, 0, -stride)]
-        kept = [frames[n, :, places] for places in order]
-        window = torch.stack([*kept, x], dim=2)  # (N, C, KT, *frame)
-        self._push(state, x, came)
-        return self._convolve(window, window.shape[2], residual, taps_alone=True)
+    def _differentiable(self, state: State, x: Tensor, came: On, residual: Tensor | None) -> Tensor:
+        """The same with a gradient for weights and newest frame; the memory is constant."""
+        w, b = self.weights()
+        y, memory = continual.continual_step_functional(
+            x,
+            self._memory(state),
+            w,
+            b,
+            (1, *self.module.stride[1:]),
+            ((0, 0), *self.padding[1:]),
+            tuple(self.module.dilation),
+            self.module.groups,
+            activation=self.epilogue.activation,
+            residual=residual,
+            active=None if came is True else torch.from_numpy(came),
+            backend=self.backend,
+        )
+        state["frames"].copy_(memory.frames.detach())
+        state["steps"].copy_(memory.steps)
+        return y.unsqueeze(2)
 
-    def _convolve(
-        self, x: Tensor, frames: int, residual: Tensor | None, *, taps_alone: bool = False
-    ) -> Tensor:
-        """A clip without temporal padding; taps_alone: without the frames between the taps."""
+    def _convolve(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """A clip without temporal padding, on the backend of the steps."""
         m, (w, b) = self.module, self.weights()
-        behind = self.padding[1:]
-        y = _FUNCTIONS[len(m.kernel_size)](
+        return _FUNCTIONS[len(m.kernel_size)](
             x,
             w,
             b,
-            (1 if taps_alone else m.stride[0], *m.stride[1:]),
-            ((0, 0), *behind),
-            (1 if taps_alone else m.dilation[0], *m.dilation[1:]),
+            m.stride,
+            ((0, 0), *self.padding[1:]),
+            m.dilation,
             m.groups,
             activation=self.epilogue.activation,
             residual=residual,
             algorithm="direct",
             backend=self._plan(x.select(2, 0)).backend,
         )
-        return y
 
     def clip(self, xs: Sequence[Columns], first: int, end: int) -> list[Tensor]:
         if end <= first:
@@ -195,34 +238,42 @@ class Convolution(Op):
         zeros = [torch.zeros_like(frames[0])] * (x.first - start)
         whole = torch.cat([*zeros, *frames], dim=2)
         residual = torch.cat(xs[1].slice(first, end), dim=2) if self.epilogue.residual else None
-        return list(self._convolve(whole, whole.shape[2], residual).split(1, dim=2))
+        y = self._convolve(whole, residual)
+        # Each in memory of its own, as steps have it: what follows may sum in the order of memory.
+        return [torch_ops.dense(column.clone(), CHANNELS_LAST) for column in y.split(1, dim=2)]
 
     def last(self, ends: Sequence[int]) -> int:
         own = (ends[0] + self.padding[0][0] - self.reach - 1) // self.module.stride[0] + 1
         return min(own, *ends[1:]) if len(ends) > 1 else own
 
-    def _plan(self, x: Tensor) -> Plan:
-        """The plan of one step of frames like x (N, C, *frame)."""
-        key = (x.shape, x.dtype, x.device.type, winners.generation())
+    def _window(self, x: Tensor) -> Geometry:
+        """The geometry of one column of frames like x (N, C, *frame)."""
+        m = self.module
+        return continual.window_geometry(
+            "continual_step",
+            x.shape,
+            m.weight.shape,
+            (1, *m.stride[1:]),
+            ((0, 0), *self.padding[1:]),
+            tuple(m.dilation),
+            m.groups,
+        )
+
+    def _plan(self, x: Tensor, plain: bool = True) -> Plan:
+        """The plan of one step; plain: of all slots together."""
+        key = (x.shape, x.dtype, x.device.type, plain, winners.generation())
         plan = self._plans.get(key)
         if plan is None:
-            m = self.module
-            geometry = Geometry.of(
-                (*x.shape[:2], self.reach + 1, *x.shape[2:]),
-                m.weight.shape,
-                (1, *m.stride[1:]),
-                ((0, 0), *self.padding[1:]),
-                tuple(m.dilation),
-                m.groups,
-                op="continual_step",
-            )
-            plan = self._plans[key] = planner.plan(
-                geometry,
+            plan = self._plans[key] = continual.step_plan(
+                self._window(x),
+                self.form,
+                self.before,
+                plain=plain,
                 dtype=str(x.dtype).removeprefix("torch."),
                 device=x.device.type,
+                precision=torch_ops.precision_of(x),
                 epilogue=self.epilogue,
                 layout=CHANNELS_LAST,
                 backend=self.backend,
-                continual=True,
             )
         return plan

@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastconv.errors import UnsupportedError
@@ -16,6 +14,7 @@ from .continual_clock import STARTS, Clock, joined, waiting
 from .continual_conv import Convolution, Convolutions
 from .continual_ops import Delay, Framewise, Op, Recurrent, Retime, Whole, Window
 
+FORMS = ("ring", "sum", "auto")
 ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
     nn.SiLU: "silu",
@@ -47,13 +46,15 @@ class Graph:
     Values are numbers of nodes. `under` is put in front of the names of new nodes.
 
     start    see `continual_clock.STARTS`
-    backend  of the convolutions
+    backend, form  of the convolutions; form of their memory, 'ring', 'sum' or 'auto'
     """
 
-    def __init__(self, start: str = "wait", backend: str = "auto") -> None:
+    def __init__(self, start: str = "wait", backend: str = "auto", form: str = "ring") -> None:
         if start not in STARTS:
             raise UnsupportedError(f"unknown start {start!r}. Known: {', '.join(STARTS)}")
-        self.start, self.backend = start, backend
+        if form not in FORMS:
+            raise UnsupportedError(f"unknown form {form!r}. Known: {', '.join(FORMS)}")
+        self.start, self.backend, self.form = start, backend, form
         self.nodes = [Node("", Framewise(_same), (), Clock().started(start), 2)]
         self.output = 0
         self.under: list[str] = []
@@ -72,7 +73,13 @@ class Graph:
         return name if count == 1 else f"{name} ({count})"
 
     def add(
-        self, name: str, op: Op, inputs: Sequence[int], clock: Clock, time: int | None, kind: str = ""
+        self,
+        name: str,
+        op: Op,
+        inputs: Sequence[int],
+        clock: Clock,
+        time: int | None,
+        kind: str = "",
     ) -> int:
         self.nodes.append(Node(self.name(name), op, tuple(inputs), clock, time, kind))
         return len(self.nodes) - 1
@@ -115,12 +122,10 @@ class Graph:
         return self.add(name, Delay(count, clock, late), (value,), late, self.time(value))
 
     def convolution(self, module: Convolutions, value: int, name: str = "") -> int:
-        op = Convolution(module, backend=self.backend)
+        op = Convolution(module, backend=self.backend, form=self.form, start=self.start)
         padding = op.padding[0][0]
         if padding > op.reach:
-            raise UnsupportedError(
-                f"pads {padding} frames in front of a window of {op.reach + 1}"
-            )
+            raise UnsupportedError(f"pads {padding} frames in front of a window of {op.reach + 1}")
         clock = self.clock(value).convolved(op.reach, module.stride[0], padding, self.start)
         return self.add(name, op, (value,), clock, 2, "convolution")
 
@@ -239,6 +244,8 @@ def fused(graph: Graph) -> list[Node | None]:
             activation=activation,
             residual=bool(residual),
             backend=graph.backend,
+            form=graph.form,
+            start=graph.start,
         )
         inputs = (*node.inputs, *residual)
         for gone in taken:

@@ -124,9 +124,9 @@ class Continual(nn.Module):
     state lives in `start`ed slots, not in the state dict.
     """
 
-    def __init__(self, *, start: str = "wait", backend: str = "auto") -> None:
+    def __init__(self, *, start: str = "wait", backend: str = "auto", form: str = "ring") -> None:
         super().__init__()
-        self.start_mode, self.backend = start, backend
+        self.start_mode, self.backend, self.form = start, backend, form
         self._forget()
 
     def record(self, graph: Graph, value: int) -> int:
@@ -169,7 +169,7 @@ class Continual(nn.Module):
     def graph(self) -> Graph:
         """The operations, before any fusing."""
         if self._graph is None:
-            graph = Graph(self.start_mode, self.backend)
+            graph = Graph(self.start_mode, self.backend, self.form)
             graph.output = self.record(graph, 0)
             self._graph = graph
         return self._graph
@@ -279,7 +279,11 @@ class Continual(nn.Module):
     # Frames.
 
     def forward_step(
-        self, frame: Tensor, active: Sequence[bool] | Tensor | None = None, *, update_state: bool = True
+        self,
+        frame: Tensor,
+        active: Sequence[bool] | Tensor | None = None,
+        *,
+        update_state: bool = True,
     ) -> Step:
         """Take the next frame of every slot, or of the active ones, and give what it completes.
 

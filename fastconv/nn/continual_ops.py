@@ -130,9 +130,10 @@ class Framewise(Op):
 
 
 class Whole(Framewise):
-    """A module that treats every position alike; a clip goes through it in one piece.
+    """A module that treats every position alike; in training a clip goes through it in one piece.
 
-    This is what a batch norm in training needs.
+    A batch norm needs that. In eval mode every column goes by itself, as in a stream: vector code
+    may round the ends of an array in another way.
     """
 
     def __init__(self, module: nn.Module, time: int) -> None:
@@ -140,8 +141,8 @@ class Whole(Framewise):
         self.module, self.time = module, time
 
     def clip(self, xs, first, end):  # type: ignore[no-untyped-def]
-        if end <= first:
-            return []
+        if end <= first or not self.module.training:
+            return super().clip(xs, first, end)
         whole = torch.cat(xs[0].slice(first, end), dim=self.time)
         return list(self.module(whole).split(1, dim=self.time))
 
@@ -276,7 +277,7 @@ class Window(Op):
         ring, x, y = state["columns"], self._each(xs[0]), None
         newest = at.column(self.clock)
         if on is not False:
-            order = [age for age in range(self.reach, 0, -self.dilation)]
+            order = list(range(self.reach, 0, -self.dilation))
             if isinstance(newest, np.ndarray):
                 places = (newest - np.array(order)[:, None]) % self.reach  # (k - 1, N)
                 kept = ring[torch.from_numpy(places), torch.arange(ring.shape[1])]

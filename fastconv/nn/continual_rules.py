@@ -18,7 +18,9 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 AVERAGE_POOLS = {nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3}
 MAX_POOLS = {nn.MaxPool1d: 1, nn.MaxPool2d: 2, nn.MaxPool3d: 3}
-ADAPTIVE_POOLS: dict[type[nn.Module], tuple[int, Callable[..., Any], Callable[[Tensor], Tensor]]] = {
+ADAPTIVE_POOLS: dict[
+    type[nn.Module], tuple[int, Callable[..., Any], Callable[[Tensor], Tensor]]
+] = {
     nn.AdaptiveAvgPool1d: (1, functional.adaptive_avg_pool1d, mean),
     nn.AdaptiveAvgPool2d: (2, functional.adaptive_avg_pool2d, mean),
     nn.AdaptiveAvgPool3d: (3, functional.adaptive_avg_pool3d, mean),
@@ -106,8 +108,7 @@ def _why_not(module: nn.Module) -> str:
 def average_pool(graph: Graph, pool: Any, value: int, name: str, axes: int) -> int:
     """An average over time is the average of the averages of single frames."""
     kernel, stride, padding = (
-        per_axis(v, axes)
-        for v in (pool.kernel_size, pool.stride or pool.kernel_size, pool.padding)
+        per_axis(v, axes) for v in (pool.kernel_size, pool.stride or pool.kernel_size, pool.padding)
     )
     if getattr(pool, "divisor_override", None):
         raise UnsupportedError("divides by a number of its own")

@@ -28,6 +28,7 @@ def to_continual(
     pool_window: int | None = None,
     squeeze_window: int = 1,
     backend: str = "auto",
+    form: str = "ring",
 ) -> ContinualNetwork:
     """A copy of a model that takes its clips frame by frame, with the same parameters (not copies).
 
@@ -42,6 +43,8 @@ def to_continual(
     squeeze_window  the same where the pooled values scale what was pooled, as in squeeze and
                     excitation: 1, the frame alone, as published; clips are scaled by their own mean
     backend         of the convolutions
+    form            of their memory: 'ring', frames, or 'sum', incomplete columns, or 'auto', for
+                    every convolution what has fewer bytes; see `fastconv.continual_state`
 
     Branches that are joined again wait for each other, also those without a layer over time, so the
     stream's columns are the clip's. In eval mode batch norms, activations and residuals are done by
@@ -64,7 +67,13 @@ def to_continual(
     shape = (2, *example_clip.shape[1:])
     traced = trace_clip(model, torch.empty(shape, dtype=example_clip.dtype, device="meta"))
     network = ContinualNetwork(
-        model, traced, start=start, backend=backend, pool=pool_window, squeeze=squeeze_window
+        model,
+        traced,
+        pool=pool_window,
+        squeeze=squeeze_window,
+        start=start,
+        backend=backend,
+        form=form,
     )
     network.graph()  # what is refused is refused now
     return network
@@ -78,12 +87,11 @@ class ContinualNetwork(Continual):
         model: nn.Module,
         traced: fx.Graph,
         *,
-        start: str,
-        backend: str,
         pool: int | None,
         squeeze: int,
+        **options: Any,
     ) -> None:
-        super().__init__(start=start, backend=backend)
+        super().__init__(**options)
         tensors = (*model.parameters(), *model.buffers())
         model = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
         self._modules.update(model._modules)

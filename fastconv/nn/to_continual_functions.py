@@ -93,9 +93,7 @@ def framewise(
     return Traced(value, node.meta["shape"], converter)
 
 
-def positionwise(
-    converter: Converter, node: fx.Node, x: Any, *args: Any, **kwargs: Any
-) -> Traced:
+def positionwise(converter: Converter, node: fx.Node, x: Any, *args: Any, **kwargs: Any) -> Traced:
     name = _plain(node)
     if not isinstance(x, Traced):
         raise UnsupportedError("is not called with frames")
@@ -132,7 +130,7 @@ def binary(converter: Converter, node: fx.Node, a: Any, b: Any, **kwargs: Any) -
     name = BINARY[_plain(node)]
     function = partial(getattr(Tensor, name), **kwargs) if kwargs else getattr(Tensor, name)
     if isinstance(a, Zeros) or isinstance(b, Zeros):
-        if name not in ("add", "sub") or isinstance(a, Zeros) and name == "sub":
+        if name not in ("add", "sub") or (isinstance(a, Zeros) and name == "sub"):
             raise UnsupportedError("computes with zeros that the model makes")
         return b if isinstance(a, Zeros) else a
     if isinstance(a, Traced) and isinstance(b, Traced):
