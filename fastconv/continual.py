@@ -212,7 +212,6 @@ def continual_step(
         geometry,
         state.form,
         state.start,
-        plain=mask is None and update_state,
         dtype=str(input.dtype),
         epilogue=epilogue,
         layout=state_layout(op, state.frames, input),
@@ -459,7 +458,7 @@ def _mask(op: str, active: Any, input: Array) -> Array | None:
             raise GeometryError(f"{op}: active must have shape ({n},), got {tuple(active.shape)}")
         if is_tensor(active) != tensor or (tensor and active.device != input.device):
             raise UnsupportedError(f"{op}: active must be of the kind and on the device of input")
-        return active
+        return active.contiguous() if tensor else np.ascontiguousarray(active)
     slots = active.tolist() if hasattr(active, "tolist") else list(active)
     if any(isinstance(slot, bool) or not 0 <= slot < n for slot in slots):
         raise GeometryError(f"{op}: active slots must be in 0 .. {n - 1}, got {slots}")
@@ -472,11 +471,8 @@ def _mask(op: str, active: Any, input: Array) -> Array | None:
     return torch.from_numpy(mask).to(input.device)
 
 
-def step_plan(window: Geometry, form: str, start: str, plain: bool = True, **choice: Any) -> Plan:
+def step_plan(window: Geometry, form: str, start: str, **choice: Any) -> Plan:
     """The plan of a step; choice: as for `planner.plan`."""
-    whole = plain and form == "ring" and start == "zeros" and window.stride[0] == 1
-    if not whole and choice.get("backend", "auto") == "auto":
-        choice["backend"] = "torch" if backends.why_not("torch") is None else "reference"
     plan = planner.plan(window, continual=True, **choice)
     options = {"sum": int(form == "sum"), "replicate": int(start == "replicate")}
     config = tuple((name, value) for name, value in options.items() if value)

@@ -160,7 +160,6 @@ def _step_impl(
         window,
         form,
         start,
-        plain=active is None and update_state,
         dtype=str(input.dtype).removeprefix("torch."),
         device=input.device.type,
         precision=torch_ops.precision_of(input),
@@ -240,7 +239,7 @@ def step(
         x, r = torch_ops.dense(input, plan.layout), torch_ops.dense(residual, plan.layout)
         if plan.backend == "c":
             scratch = ops.workspace(packed.workspace_size(), _FLOAT32)
-            packed.step(x, bias, r, frames, steps, y, scratch)
+            packed.step(x, bias, r, frames, steps, y, scratch, active, update)
             return y
         module = backends.kernel("continual", plan.backend)
         scratch = torch_ops.device_workspace(module.workspace_size(plan), y)
