@@ -141,35 +141,16 @@ class Convolution(Op):
             return None
         x = xs[0].select(2, 0)
         if on is False:
-            self._push(state, x, came)
+            if at.update:
+                self._push(state, x, came)
             return None
         residual = xs[1].select(2, 0) if self.epilogue.residual else None
         w, b = self.weights()
         if torch.is_grad_enabled() and (xs[0].requires_grad or w.requires_grad):
-            return self._differentiable(state, x, came, residual)
-        memory = self._memory(state)
-        plan = self._plan(x)
-        if came is True:
-            return torch_continual.step(plan, x, memory, w, b, residual).unsqueeze(2)
-        masked = self._plan(x, plain=False)
-        if masked.backend == plan.backend:
-            mask = torch.from_numpy(came).to(x.device)
-            y = torch_continual.step(masked, x, memory, w, b, residual, mask)
-            return y.unsqueeze(2)
-        index = rows(came)  # the slots by themselves, on the same kernel as all of them together
-        some = {name: tensor[index] for name, tensor in state.items()}
-        part = torch_continual.step(
-            self._plan(x[index]),
-            x[index],
-            self._memory(some),
-            w,
-            b,
-            None if residual is None else residual[index],
-        )
-        for name, tensor in some.items():
-            state[name][index] = tensor
-        y = torch_ops.new_dense((x.shape[0], *part.shape[1:]), x, CHANNELS_LAST).zero_()
-        y[index] = part
+            return self._differentiable(state, x, came, residual, at.update)
+        mask = None if came is True else torch.from_numpy(came).to(x.device)
+        memory, plan = self._memory(state), self._plan(x)
+        y = torch_continual.step(plan, x, memory, w, b, residual, mask, at.update)
         return y.unsqueeze(2)
 
     def _memory(self, state: State) -> Memory:
@@ -178,12 +159,10 @@ class Convolution(Op):
 
     def _push(self, state: State, x: Tensor, slots: On) -> None:
         """The frame goes into the memory, and no column is needed."""
-        if self.form == "sum":
-            came = None if slots is True else torch.from_numpy(np.asarray(slots)).to(x.device)
-            w, _ = self.weights()
-            plan = self._plan(x, plain=slots is True)
-            plan = replace(plan, epilogue=Epilogue())
-            torch_continual.step(plan, x, self._memory(state), w, None, None, came)
+        if self.form == "sum":  # whose columns have had their share of every frame
+            mask = None if slots is True else torch.from_numpy(np.asarray(slots)).to(x.device)
+            plan = replace(self._plan(x), epilogue=Epilogue())
+            torch_continual.step(plan, x, self._memory(state), self.weights()[0], None, None, mask)
             return
         frames, steps = state["frames"], state["steps"]
         index = torch.arange(x.shape[0]) if slots is True else rows(slots)
@@ -191,7 +170,9 @@ class Convolution(Op):
             frames[index, :, steps[index] % self.reach] = x[index].detach()
         steps[index] += 1
 
-    def _differentiable(self, state: State, x: Tensor, came: On, residual: Tensor | None) -> Tensor:
+    def _differentiable(
+        self, state: State, x: Tensor, came: On, residual: Tensor | None, update: bool
+    ) -> Tensor:
         """The same with a gradient for weights and newest frame; the memory is constant."""
         w, b = self.weights()
         y, memory = continual.continual_step_functional(
@@ -208,8 +189,9 @@ class Convolution(Op):
             active=None if came is True else torch.from_numpy(came),
             backend=self.backend,
         )
-        state["frames"].copy_(memory.frames.detach())
-        state["steps"].copy_(memory.steps)
+        if update:
+            state["frames"].copy_(memory.frames.detach())
+            state["steps"].copy_(memory.steps)
         return y.unsqueeze(2)
 
     def _convolve(self, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -259,16 +241,15 @@ class Convolution(Op):
             m.groups,
         )
 
-    def _plan(self, x: Tensor, plain: bool = True) -> Plan:
-        """The plan of one step; plain: of all slots together."""
-        key = (x.shape, x.dtype, x.device.type, plain, winners.generation())
+    def _plan(self, x: Tensor) -> Plan:
+        """The plan of one step."""
+        key = (x.shape, x.dtype, x.device.type, winners.generation())
         plan = self._plans.get(key)
         if plan is None:
             plan = self._plans[key] = continual.step_plan(
                 self._window(x),
                 self.form,
                 self.before,
-                plain=plain,
                 dtype=str(x.dtype).removeprefix("torch."),
                 device=x.device.type,
                 precision=torch_ops.precision_of(x),

@@ -91,15 +91,12 @@ class Program:
         """New slots: as if their first frame had been there for ever."""
         values: list[Any] = [None] * self.size
         values[0] = frame
-        spare = Moment(at.seen, at.common, at.active, at.new)
+        spare = Moment(at.seen, at.common, at.active, at.new, update=False)
         for number, node in self.nodes:
             xs = [values[i] for i in node.inputs]
             state = states[node.name]
             node.op.fill(state, xs, at.new)
-            kept = {name: tensor.clone() for name, tensor in state.items()}
             values[number] = node.op.step(state, xs, [at.new] * len(xs), at.new, spare)
-            for name, tensor in kept.items():
-                state[name].copy_(tensor)
 
     def clip(self, frames: list[Tensor]) -> list[Tensor]:
         """Every column of the output of a clip, frames (N, C, 1, *frame)."""
@@ -241,7 +238,7 @@ class Continual(nn.Module):
         self._torn = self._torn and slot is not None
 
     def save(self, slot: int) -> Saved:
-        """A copy of a slot, for `restore`: tensors and numbers alone, as `torch.save` likes them."""
+        """A copy of a slot for `restore`: tensors and numbers alone, which `torch.save` takes."""
         self._checked(slot)
         states = {
             name: {key: t.select(op.slot_axis, slot).clone() for key, t in state.items()}
@@ -296,23 +293,18 @@ class Continual(nn.Module):
         if not len(self._seen):
             self.start(frame)
         mask = self._check(frame, active)
-        before = None if update_state else self._copied()
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.training):
-            column, on = self._advance(frame.unsqueeze(2), mask)
-        if before is not None:
-            self._put_back(before)
-        elif mask is True:
-            self._seen += 1
-        else:
-            self._seen[mask] += 1
+            column, on = self._advance(frame.unsqueeze(2), mask, update_state)
+        if update_state:
+            self._seen[slice(None) if mask is True else mask] += mask is not False
         return self._result(column, on)
 
-    def _advance(self, frame: Tensor, mask: On) -> tuple[Any, On]:
+    def _advance(self, frame: Tensor, mask: On, update: bool) -> tuple[Any, On]:
         seen = self._seen
         if mask is False:
             return None, False
         lockstep = mask is True and (seen == seen[0]).all()
-        at = Moment(seen, int(seen[0]) if lockstep else None, mask)
+        at = Moment(seen, int(seen[0]) if lockstep else None, mask, update=update)
         program = self._program()
         self._torn = True  # until the last operation is done
         if self.start_mode == "replicate":
@@ -321,6 +313,10 @@ class Continual(nn.Module):
             if at.new is not False:
                 program.fill(self._states, frame, at)
         column = program.step(self._states, frame, at)
+        if at.new is not False and not update:
+            slots = rows(np.broadcast_to(at.new, seen.shape))
+            for op, state in self._stateful():
+                op.clear(state, slots)
         self._torn = False
         return column
 

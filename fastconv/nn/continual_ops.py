@@ -27,12 +27,14 @@ class Moment:
     common  the same as one number if it is the same in all slots, and all of them get a frame
     active  slots that get a frame now; True for all
     new     slots whose first frame this is, where that one stands for all before it
+    update  False: nothing is kept
     """
 
     seen: np.ndarray
     common: int | None
     active: On
     new: On = False
+    update: bool = True
 
     def on(self, clock: Clock) -> On:
         """The slots in which the frame brings a column."""
@@ -191,7 +193,7 @@ class Delay(Op):
         ring, y = state["columns"], None
         if on is not False:  # before the newest column takes the place of the one that leaves
             y = read(ring, at.column(self.late) % self.count)
-        if ons[0] is not False:
+        if ons[0] is not False and at.update:
             write(ring, at.column(self.early) % self.count, xs[0], ons[0])
         return y
 
@@ -284,7 +286,8 @@ class Window(Op):
             else:
                 kept = ring[[(newest - age) % self.reach for age in order]]
             y = self.reduce(torch.cat([kept, x[None]]).contiguous())
-        write(ring, newest % self.reach, x, ons[0])
+        if at.update:
+            write(ring, newest % self.reach, x, ons[0])
         return y
 
     def clip(self, xs, first, end):  # type: ignore[no-untyped-def]
@@ -337,6 +340,8 @@ class Recurrent(Op):
         if on is False:
             return None
         y, memory = self.call(xs[0], self._memory([state[name] for name in self.names]))
+        if not at.update:
+            return y
         for name, new in zip(self.names, memory if len(self.names) > 1 else (memory,), strict=True):
             if on is True:
                 state[name].copy_(new.detach())

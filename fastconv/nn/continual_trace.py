@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 def trace_clip(model: nn.Module, clip: Tensor) -> fx.Graph:
     """The operations of `model(clip)` in eval mode; the model is not changed.
 
-    Leaves are PyTorch's own modules, except containers, and continual ones. meta of a node: `shape`,
+    Leaves are PyTorch's own modules, except containers, and continual ones. meta: `shape`,
     and `where`, the qualified name of the module whose code it is in.
 
     Raises what the model raises for this clip.

@@ -57,7 +57,8 @@ def to_continual(
     """
     if example_clip.dim() < 3:
         raise UnsupportedError(
-            f"to_continual: the example clip must be (N, C, T, *size), got {tuple(example_clip.shape)}"
+            "to_continual: the example clip must be (N, C, T, *size), "
+            f"got {tuple(example_clip.shape)}"
         )
     if squeeze_window < 1 or (pool_window is not None and pool_window < 1):
         raise UnsupportedError(
