@@ -70,7 +70,8 @@ class Convolution(Op):
         self.epilogue = Epilogue(module.bias is not None or norm is not None, activation, residual)
         self.padding = paddings(module)
         self.reach = module.dilation[0] * (module.kernel_size[0] - 1)
-        self.form, self.before = "ring", "zeros"
+        self._form: str | None = None
+        self._before = "zeros"
         self._wanted, self._replicate = form, start == "replicate"
         self._plans: dict[Any, Plan] = {}
         self._folded: tuple[Tensor, Tensor | None] | None = None
@@ -102,19 +103,30 @@ class Convolution(Op):
 
     def allocate(self, xs: Sequence[Tensor]) -> State:
         window = self._window(xs[0].select(2, 0))
-        self.form = "ring" if self.module.stride[0] > 1 or not self.reach else self._wanted
-        if self.form == "auto":
-            sums, frames = (prod(continual.state_shape(window, f)) for f in ("sum", "ring"))
-            self.form = "sum" if 4 * sums < frames * xs[0].element_size() else "ring"
-        self.before = "replicate" if self.form == "sum" and self._replicate else "zeros"
-        self._plans.clear()
-        dtype = xs[0].dtype
-        if self.form == "sum" and dtype != torch.float64:
+        form, dtype = self._form_of(xs[0]), xs[0].dtype
+        if form == "sum" and dtype != torch.float64:
             dtype = torch.float32
-        n, c, ring, *frame = continual.state_shape(window, self.form)
+        n, c, ring, *frame = continual.state_shape(window, form)
         memory = torch.zeros((n, ring, *frame, c), dtype=dtype, device=xs[0].device)
         steps = torch.zeros(n, dtype=torch.int64, device=xs[0].device)
         return {"frames": memory.movedim(-1, 1), "steps": steps}
+
+    def _form_of(self, x: Tensor) -> str:
+        """The form of the memory for columns like x (N, C, 1, *frame), decided once."""
+        if self._form is None:
+            self._form = "ring" if self.module.stride[0] > 1 or not self.reach else self._wanted
+            if self._form == "auto":
+                window = self._window(x.select(2, 0))
+                sums, frames = (prod(continual.state_shape(window, f)) for f in ("sum", "ring"))
+                self._form = "sum" if 4 * sums < frames * x.element_size() else "ring"
+            # The ring is filled by the network, sums only the kernel can fill.
+            self._before = "replicate" if self._form == "sum" and self._replicate else "zeros"
+        return self._form
+
+    @property
+    def form(self) -> str:
+        """The form of the memory, once there was a frame."""
+        return self._form or "ring"
 
     def clear(self, state: State, slots: Tensor | None = None) -> None:
         for tensor in state.values():
@@ -139,6 +151,7 @@ class Convolution(Op):
         came = ons[0]
         if came is False:
             return None
+        self._form_of(xs[0])
         x = xs[0].select(2, 0)
         if on is False:
             if at.update:
@@ -155,7 +168,7 @@ class Convolution(Op):
 
     def _memory(self, state: State) -> Memory:
         """The state as the kernels take it; columns are asked for when they are there."""
-        return Memory(state["frames"], state["steps"], self.form, self.before)
+        return Memory(state["frames"], state["steps"], self.form, self._before)
 
     def _push(self, state: State, x: Tensor, slots: On) -> None:
         """The frame goes into the memory, and no column is needed."""
@@ -190,8 +203,8 @@ class Convolution(Op):
             backend=self.backend,
         )
         if update:
-            state["frames"].copy_(memory.frames.detach())
-            state["steps"].copy_(memory.steps)
+            # Not written in place: the gradient still reads what was there.
+            state["frames"], state["steps"] = memory.frames.detach(), memory.steps
         return y.unsqueeze(2)
 
     def _convolve(self, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -241,6 +254,13 @@ class Convolution(Op):
             m.groups,
         )
 
+    def sum_shape(self, state: State, slots: int) -> tuple[int, ...]:
+        """(slots, K, L, *out_frame): of a memory of incomplete columns, whichever this one is."""
+        frames = state["frames"]
+        if self.form == "sum":
+            return tuple(frames.shape)
+        return continual.state_shape(self._window(frames.select(2, 0)), "sum")
+
     def _plan(self, x: Tensor) -> Plan:
         """The plan of one step."""
         key = (x.shape, x.dtype, x.device.type, winners.generation())
@@ -249,7 +269,7 @@ class Convolution(Op):
             plan = self._plans[key] = continual.step_plan(
                 self._window(x),
                 self.form,
-                self.before,
+                self._before,
                 dtype=str(x.dtype).removeprefix("torch."),
                 device=x.device.type,
                 precision=torch_ops.precision_of(x),

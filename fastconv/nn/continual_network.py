@@ -20,6 +20,7 @@ from .continual_graph import Graph, Node, fused
 from .continual_ops import Columns, Moment, State, rows
 
 Saved = dict[str, Any]
+NONE: State = {}  # of operations that keep nothing
 
 
 class Step(NamedTuple):
@@ -62,7 +63,7 @@ class Program:
         for number, node in self.nodes:
             inputs = node.inputs
             values[number] = node.op.step(
-                states[node.name],
+                states.get(node.name, NONE),
                 [values[i] for i in inputs],
                 [on[self.clock_of[i]] for i in inputs],
                 on[self.clock_of[number]],
@@ -80,7 +81,9 @@ class Program:
         values[0] = torch.zeros_like(frame)
         for number, node in self.nodes:
             xs = [values[i] for i in node.inputs]
-            state = states[node.name] = node.op.allocate(xs)
+            state = node.op.allocate(xs)
+            if state:
+                states[node.name] = state
             values[number] = node.op.step(state, xs, [True] * len(xs), True, at)
             node.op.clear(state)
             for value in self.dead.get(number, ()):
@@ -94,7 +97,7 @@ class Program:
         spare = Moment(at.seen, at.common, at.active, at.new, update=False)
         for number, node in self.nodes:
             xs = [values[i] for i in node.inputs]
-            state = states[node.name]
+            state = states.get(node.name, NONE)
             node.op.fill(state, xs, at.new)
             values[number] = node.op.step(state, xs, [at.new] * len(xs), at.new, spare)
 
@@ -106,7 +109,9 @@ class Program:
             xs = [values[i] for i in node.inputs]
             first = node.clock.begin
             assert first is not None
-            end = max(node.op.last([x.end for x in xs]), first)
+            # No more than a stream of these frames would have by now.
+            last = min(node.op.last([x.end for x in xs]), node.clock.column(len(frames) - 1) + 1)
+            end = max(last, first)
             values[number] = Columns(first, node.op.clip(xs, first, end), node.time)
             for value in self.dead.get(number, ()):
                 values[value] = None
@@ -242,7 +247,7 @@ class Continual(nn.Module):
         self._checked(slot)
         states = {
             name: {key: t.select(op.slot_axis, slot).clone() for key, t in state.items()}
-            for name, op, state in self._named()
+            for name, op, state in self.named_states()
         }
         return {"seen": int(self._seen[slot]), "start": self.start_mode, "state": states}
 
@@ -252,7 +257,7 @@ class Continual(nn.Module):
         Raises GeometryError if it is of another network, start mode or size of frames.
         """
         self._checked(slot)
-        named = list(self._named())
+        named = list(self.named_states())
         mine = {
             name: {key: t.select(op.slot_axis, slot).shape for key, t in state.items()}
             for name, op, state in named
@@ -405,11 +410,12 @@ class Continual(nn.Module):
         return kept
 
     def _stateful(self) -> list[tuple[Any, State]]:
-        return [(op, state) for _, op, state in self._named()]
+        return [(op, state) for _, op, state in self.named_states()]
 
-    def _named(self) -> list[tuple[str, Any, State]]:
+    def named_states(self) -> list[tuple[str, Any, State]]:
+        """Name, operation and state of all that has one; the tensors are those in use."""
         ops = {node.name: node.op for _, node in self._program().nodes}
-        return [(name, ops[name], state) for name, state in self._states.items() if state]
+        return [(name, ops[name], state) for name, state in self._states.items()]
 
     def _copied(self) -> Any:
         kept = {n: {k: t.clone() for k, t in s.items()} for n, s in self._states.items()}
