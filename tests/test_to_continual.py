@@ -107,7 +107,7 @@ def test_trunks_have_the_columns_of_the_model_itself(name):
     size, more = TRUNKS[name]
     options = {"clip": (16, 16, 16)} if name == "c3d" else {}
     model = build(name, **options).eval().double().trunk
-    network = to_continual(model, torch.empty(1, 3, 16, size, size), start="zeros")
+    network = to_continual(model, torch.empty(1, 3, 16, size, size), start="zeros", backend="torch")
     frames = -(-(network.delay + more) // 16) * 16  # some pad by what is left of a stride
     clip = noise(1, 3, frames, size, size)
     with torch.no_grad():
@@ -116,7 +116,7 @@ def test_trunks_have_the_columns_of_the_model_itself(name):
     count = (frames - 1 - network.delay) // network.rate + 1
     assert got.shape[2] == count > 0
     torch.testing.assert_close(got, want[:, :, :count], rtol=1e-9, atol=1e-9)
-    waits = to_continual(model, torch.empty(1, 3, 16, size, size))
+    waits = to_continual(model, torch.empty(1, 3, 16, size, size), backend="torch")
     first = waits.clock.begin
     if frames > waits.warm_up:
         torch.testing.assert_close(waits(clip), want[:, :, first:count], rtol=1e-9, atol=1e-9)
@@ -127,7 +127,7 @@ def test_whole_x3d_is_the_model_on_columns_without_padding(name):
     """The model with its own weights: gates see single frames, the last pooling inner columns."""
     model = build(name, num_classes=7).eval().double()
     window = NETWORKS[name].input_shape[1]
-    network = to_continual(model, torch.empty(1, 3, window, 32, 32))
+    network = to_continual(model, torch.empty(1, 3, window, 32, 32), backend="torch")
     field, edge = network.receptive_field, network.padding
     clip = noise(1, 3, field + 2, 32, 32)
 
@@ -170,7 +170,7 @@ def test_streams_have_the_bits_of_the_clip(name):
 def test_slowfast_joins_its_pathways_where_the_clip_does():
     """One clip's pooled columns meet: the head of the model on the columns without padding."""
     model = build("slowfast_r50_8x8", num_classes=5).eval().double()
-    network = to_continual(model, torch.empty(1, 3, 32, 32, 32))
+    network = to_continual(model, torch.empty(1, 3, 32, 32, 32), backend="torch")
     assert network.rate == 4
     frames = -(-(network.warm_up + 1) // 4) * 4
     clip = noise(1, 3, frames + 32, 32, 32)
@@ -273,7 +273,7 @@ class Random(nn.Module):
         return x * self.scale
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(16))
 @pytest.mark.parametrize("chunk", [1, 3])
 def test_random_networks(seed, chunk):
     """Against the model itself on one clip: the columns that no padding, or none behind, touches."""
@@ -283,7 +283,9 @@ def test_random_networks(seed, chunk):
             part.running_mean.normal_()
             part.running_var.uniform_(0.5, 2)
     example = torch.empty(1, 4, 32, 5, 5)
-    zeros, waits = (to_continual(model, example, start=s) for s in ("zeros", "wait"))
+    zeros, waits = (
+        to_continual(model, example, start=s, backend="torch") for s in ("zeros", "wait")
+    )
     frames = waits.warm_up + 3 * waits.rate + 1
     clip = noise(2, 4, frames, 5, 5, seed=seed)
     with torch.no_grad():
@@ -346,7 +348,7 @@ KEPT = {
 def test_functions(name):
     torch.manual_seed(0)
     model = Lambda(KEPT[name]).eval().double()
-    network = to_continual(model, torch.empty(1, 4, 12, 5, 6), start="zeros")
+    network = to_continual(model, torch.empty(1, 4, 12, 5, 6), start="zeros", backend="torch")
     clip = noise(2, 4, 24, 5, 6)
     with torch.no_grad():
         want = model(clip)
@@ -363,7 +365,7 @@ NOT_KEPT = {
     "runs along time": lambda m, x: x.softmax(2),
     "is a function without a rule": lambda m, x: torch.fft.fft(x, dim=-1).real,
     "a column every 1 and every 2 frames": lambda m, x: x[:, :, :6] + x[:, :, ::2],
-    "value of its own for each of 6": lambda m, x: x.transpose(2, 4) * m.other[:, :, :1],
+    "value of its own for each of 6": lambda m, x: x * m.other,
     "must return one tensor": lambda m, x: (x, x),
     "pads the clip with other": lambda m, x: functional.pad(x, (0, 0, 0, 0, 1, 1), value=1.0),
     "different axes": lambda m, x: x[..., :5] + x[..., :5].transpose(2, 4)[:, :, :, :, :12],

@@ -32,8 +32,8 @@ def to_continual(
 ) -> ContinualNetwork:
     """A copy of a model that takes its clips frame by frame, with the same parameters (not copies).
 
-    example_clip    (N, C, T, *size), as the model takes it; values do not matter, it may be on the
-                    `meta` device
+    example_clip    (N, C, T, *size), as the model takes it; values and precision do not matter, it may
+                    be on the `meta` device
     start           'wait': a result needs all frames of its receptive field; the layers' temporal
                     padding is dropped. 'zeros': the padding in front of the clip is kept, and
                     results come as soon as they are the clip's. 'replicate': as if the first frame
@@ -66,7 +66,9 @@ def to_continual(
         )
     # Two entries, so that an axis that is not the batch does not look like it.
     shape = (2, *example_clip.shape[1:])
-    traced = trace_clip(model, torch.empty(shape, dtype=example_clip.dtype, device="meta"))
+    dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
+    dtype = next(dtypes, example_clip.dtype)
+    traced = trace_clip(model, torch.empty(shape, dtype=dtype, device="meta"))
     network = ContinualNetwork(
         model,
         traced,

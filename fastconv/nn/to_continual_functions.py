@@ -296,6 +296,8 @@ def getitem(converter: Converter, node: fx.Node, x: Any, index: Any) -> Any:
         if x[index] is None:
             raise UnsupportedError("uses the memory of a recurrent layer")
         return Traced(x[index].value, node.meta["shape"], converter)
+    if not isinstance(x, Traced):
+        raise UnsupportedError("takes a part of something that is not made of frames")
     return sliced(converter, node, x, index)
 
 
