@@ -9,6 +9,8 @@ BENCH ?=
 OUT ?= build/bench
 PEERS := $(VENV)/.peers-installed
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(abspath $(BIN)/python),$(PYTHON))
+GPU ?=
+GPU_XDIST = $(shell $(GPU_PYTHON) -c 'import xdist' 2>/dev/null && echo yes)
 NO_GPU = $(shell $(GPU_PYTHON) bench/no_gpu.py)
 
 .DEFAULT_GOAL := help
@@ -67,12 +69,17 @@ $(PEERS): $(INSTALLED) requirements-bench.txt
 	@touch $@
 
 # For a machine without a network: its own Python brings PyTorch, the package goes beside it.
+# Its tests are those of the families on Triton's kernels, by several processes where xdist is.
+GPU_TESTS := tests/test_depthwise.py tests/test_grouped.py tests/test_winograd.py tests/test_hfa.py \
+	tests/test_continual.py $(filter-out tests/test_triton_compile.py,$(wildcard tests/test_triton_*.py))
 gpu:  ## check and time everything on this machine's GPU (OUT=folder for the rows)
 	$(if $(NO_GPU),$(error no GPU here: $(NO_GPU)))
 	rm -rf build/gpu-site build/lib && mkdir -p $(OUT)
 	$(GPU_PYTHON) -m pip install --disable-pip-version-check --quiet --no-index --no-deps \
 		--no-build-isolation --target build/gpu-site .
-	cd build/gpu-site && $(GPU_PYTHON) -m fastconv bench gpu --out $(abspath $(OUT))
+	wrong=0; PYTHONPATH=build/gpu-site FASTCONV_TEST_BACKENDS=triton $(GPU_PYTHON) -P -m pytest -q \
+		$(if $(GPU_XDIST),-n 12) -p no:cacheprovider $(GPU_TESTS) || wrong=1; \
+	cd build/gpu-site && $(GPU_PYTHON) -m fastconv bench gpu --out $(abspath $(OUT)) $(GPU) && exit $$wrong
 
 clean:  ## remove everything that was created, .venv too
 	rm -rf $(VENV) .typecheck .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from fastconv import backends
 from fastconv.errors import UnsupportedError
 
-from . import runtimes, torch_peers
-from .cases import KINDS
+from . import cases, runtimes, torch_peers
 from .contenders import Prepared, Settings
 from .problems import Problem
 
@@ -23,6 +22,7 @@ class Peer:
     kinds     the kinds of cases it is for
     devices   where it runs
     short     the head of its column
+    cuda_kinds  on a GPU for these kinds alone
     process   on a CPU, peers of the same name here are timed in one process; '' stands for `name`
     """
 
@@ -31,9 +31,10 @@ class Peer:
     short: str
     packages: tuple[str, ...]
     prepare: Callable[[Problem, Settings], Prepared]
-    kinds: tuple[str, ...] = KINDS
+    kinds: tuple[str, ...] = cases.KINDS
     devices: tuple[str, ...] = ("cpu", "cuda")
     process: str = ""
+    cuda_kinds: tuple[str, ...] | None = None
 
     def missing(self) -> str | None:
         """None, or why it cannot run here at all."""
@@ -46,6 +47,8 @@ class Peer:
         """Status and reason for not even trying a case of this kind."""
         if kind not in self.kinds:
             return "unsupported", f"is for {', '.join(self.kinds)}"
+        if device == "cuda" and self.cuda_kinds is not None and kind not in self.cuda_kinds:
+            return "unsupported", f"on a GPU is for {', '.join(self.cuda_kinds)}"
         if device not in self.devices:
             return "unsupported", f"is for {' and '.join(self.devices)}"
         missing = self.missing()
@@ -56,6 +59,7 @@ TORCH = ("torch",)
 OPENVINO = ("openvino", "torch")
 ONNX = ("onnxruntime", "onnx", "torch")
 WHOLE = ("layers", "blocks", "networks")
+INFERENCE = (*WHOLE, "streams")
 CPU, GPU = ("cpu",), ("cuda",)
 _ALL = (
     Peer("torch", "PyTorch", "torch", TORCH, torch_peers.plain(False), process="torch"),
@@ -67,24 +71,32 @@ _ALL = (
         torch_peers.plain(True),
         process="torch",
     ),
-    Peer("torch-tf32", "PyTorch TF32", "t.tf32", TORCH, torch_peers.plain(False, True), KINDS, GPU),
+    Peer(
+        "torch-tf32",
+        "PyTorch TF32",
+        "t.tf32",
+        TORCH,
+        torch_peers.plain(False, True),
+        cases.KINDS,
+        GPU,
+    ),
     Peer(
         "torch-last-tf32",
         "PyTorch channels_last_3d TF32",
         "tl.tf32",
         TORCH,
         torch_peers.plain(True, True),
-        KINDS,
+        cases.KINDS,
         GPU,
     ),
-    Peer("openvino", "OpenVINO", "ov.f32", OPENVINO, runtimes.openvino("f32"), KINDS, CPU),
+    Peer("openvino", "OpenVINO", "ov.f32", OPENVINO, runtimes.openvino("f32"), INFERENCE, CPU),
     Peer(
         "openvino-default",
         "OpenVINO default precision",
         "ov.def",
         OPENVINO,
         runtimes.openvino(None),
-        KINDS,
+        INFERENCE,
         CPU,
         "openvino",
     ),
@@ -98,7 +110,15 @@ _ALL = (
         ("streams",),
     ),
     # Last, for compiling a network takes longer than timing it.
-    Peer("torch-compile", "torch.compile frozen", "t.comp", TORCH, torch_peers.compiled, WHOLE),
+    Peer(
+        "torch-compile",
+        "torch.compile frozen",
+        "t.comp",
+        TORCH,
+        torch_peers.compiled,
+        WHOLE,
+        cuda_kinds=("networks",),
+    ),
 )
 PEERS: dict[str, Peer] = {peer.name: peer for peer in _ALL}
 # A name that stands for several.

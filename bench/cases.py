@@ -12,7 +12,7 @@ from fastconv.count_table import layer_text, parse_layer
 from fastconv.errors import UnsupportedError
 from fastconv.geometry import Geometry, SeparableGeometry
 
-KINDS = ("layers", "blocks", "networks", "streams")
+KINDS = ("layers", "blocks", "networks", "streams", "training")
 DTYPES = ("float32", "float16", "bfloat16")
 # Networks whose convolutions are timed one by one; larger siblings repeat the same kinds of layers.
 TRACED = ("x3d_m", "x3d_s", "c3d")
@@ -24,12 +24,14 @@ class Case:
     """One thing to time.
 
     target      a LAYER as `python -m fastconv count` reads it, or a network's name; for `streams`
-                the window that one output column reads
+                the window that one output column reads; for `training` a layer that is run
+                forward and backward
     name        what tables show and `--filter` looks at
     activation  applied after every stage, with a bias
     bar, goal   the ratio to the best peer that counts as good, and what is aimed at: a ratio,
                 'copy' (copy speed) or milliseconds
     source      'table', or the networks that have this layer
+    cuda_batch  the batch on a GPU, which one clip does not fill; 0 if it is not timed there
     """
 
     kind: str
@@ -41,11 +43,18 @@ class Case:
     note: str = ""
     source: str = TABLE
     dtype: str = "float32"
+    batch: int = 1
+    cuda_batch: int = 0
 
     @property
     def geometry(self) -> Geometry | SeparableGeometry | None:
         """None for a network."""
-        return None if self.kind == "networks" else parse_layer(self.target)
+        if self.kind == "networks":
+            return None
+        geometry = parse_layer(self.target)
+        if isinstance(geometry, Geometry):
+            return replace(geometry, batch=self.batch)
+        return SeparableGeometry(*(replace(stage, batch=self.batch) for stage in geometry.stages))
 
 
 def table() -> list[Case]:
@@ -64,6 +73,7 @@ def _case(row: dict[str, str]) -> Case:
         bar=float(row["bar"]) if row["bar"] else None,
         goal=row["goal"],
         note=row["note"],
+        cuda_batch=int(row["cuda_batch"] or 0),
     )
 
 
@@ -101,6 +111,7 @@ def select(
     filters: Sequence[str] = (),
     traced: bool = True,
     dtypes: Sequence[str] = ("float32",),
+    device: str = "cpu",
 ) -> list[Case]:
     """The cases of some kinds with every filter in name, target or source; the table's first.
 
@@ -110,6 +121,8 @@ def select(
         if dtype not in DTYPES:
             raise UnsupportedError(f"bench: unknown dtype {dtype!r}. Known: {', '.join(DTYPES)}")
     found = [case for case in table() if case.kind in kinds]
+    if device != "cpu":
+        found = [_batched(case) for case in found if case.cuda_batch]
     if traced and "layers" in kinds:
         known = {case.geometry for case in found if case.kind == "layers"}
         found += [case for case in of_networks() if case.geometry not in known]
@@ -120,6 +133,13 @@ def select(
             "`python -m fastconv bench list` names them"
         )
     return [_in_dtype(case, dtype) for dtype in dtypes for case in kept]
+
+
+def _batched(case: Case) -> Case:
+    batch = case.cuda_batch
+    name = case.name if batch == 1 else f"{case.name} x{batch}"
+    # Bars and goals are those of a CPU.
+    return replace(case, name=name, batch=batch, bar=None, goal="")
 
 
 def _in_dtype(case: Case, dtype: str) -> Case:

@@ -34,7 +34,7 @@ class Prepared:
     """A contender ready to run one problem: weights packed, code compiled.
 
     call       one run as its users would do it, from input to output; for `streams` one step
-    output     the answer to compare with `Problem.want`, (N, K, *size); runs whatever it takes
+    output     the answer to compare with `Problem.want`; runs whatever it takes
     precision  of the operands
     algorithm  what ran, in a few words
     plans      ours only: the plans of one run, for counting
@@ -42,7 +42,7 @@ class Prepared:
     """
 
     call: Callable[[], Any]
-    output: Callable[[], np.ndarray]
+    output: Callable[[], Any]
     precision: str = "float32"
     algorithm: str = ""
     plans: tuple[Plan, ...] = field(default=(), repr=False)
@@ -94,9 +94,16 @@ def in_place(call: Callable[[], Any], settings: Settings, tf32: bool = False) ->
     return on_gpu
 
 
-def as_array(result: Any) -> np.ndarray:
-    """A NumPy array of an array or tensor, float32 at least."""
+def as_array(result: Any) -> Any:
+    """A NumPy array of an array or tensor, float32 at least; what is on a GPU stays there.
+
+    Of a tuple, a tuple.
+    """
+    if isinstance(result, tuple):
+        return tuple(map(as_array, result))
     if isinstance(result, np.ndarray):
         return result
-    made = result.detach().cpu()
+    made = result.detach()
+    if made.device.type != "cpu":
+        return made
     return np.asarray(made if made.element_size() >= 4 else made.float())

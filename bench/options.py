@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-KINDS = ("layers", "blocks", "networks", "streams")
+KINDS = ("layers", "blocks", "networks", "streams", "training")
 HELP = {
-    "all": "all four, the most informative cases first",
+    "all": "all five, the most informative cases first",
     "layers": "single convolutions: a table of well-known ones, then those of the zoo's networks",
     "blocks": "fully separable blocks",
     "networks": "whole networks",
     "streams": "one frame in, one column out",
+    "training": "single convolutions, forward and backward",
 }
 
 
@@ -44,6 +45,9 @@ def add(commands: Any) -> None:
     gpu = kinds.add_parser("gpu", help="check, then time, everything on this machine's GPU")
     gpu.add_argument("--out", required=True, metavar="DIR", help="the folder of all rows")
     gpu.add_argument("--threads", type=_positive, help="default: every CPU of this process")
+    text = "seconds after which no further case is begun; default: %(default)g"
+    gpu.add_argument("--limit", type=_seconds, default=300.0, metavar="S", help=text)
+    gpu.add_argument("--filter", action="append", default=[], metavar="TEXT", help="only these")
     gpu.set_defaults(command=_gpu)
 
 

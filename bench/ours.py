@@ -15,6 +15,7 @@ from fastconv.plan import CHANNELS_LAST, CONTIGUOUS, Plan
 
 from .contenders import Prepared, Settings, as_array, in_place, inputs, tensor
 from .problems import Problem
+from .torch_peers import forward_backward
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,15 @@ def prepare(problem: Problem, choice: Choice, settings: Settings) -> Prepared:
         return _network(problem, choice, settings)
     if problem.case.kind == "streams":
         return _stream(problem, choice, settings)
+    if problem.case.kind == "training":
+        return _training(problem, choice, settings)
     return _layer(problem, choice, settings)
 
 
 def _plan(problem: Problem, choice: Choice, settings: Settings) -> Plan:
     geometry, epilogues = problem.case.geometry, problem.epilogues
     assert geometry is not None
-    plain = problem.case.kind == "layers"
+    plain = problem.case.kind in ("layers", "training")
     return planner.plan(
         geometry,
         dtype=problem.case.dtype,
@@ -80,6 +83,36 @@ def _layer(problem: Problem, choice: Choice, settings: Settings) -> Prepared:
     factor = max(1.0, planner.error_factor(plan))
     run = in_place(call, settings)
     return Prepared(run, lambda: as_array(run()), plan.dtype, _algorithm(plan), (plan,), factor)
+
+
+def _training(problem: Problem, choice: Choice, settings: Settings) -> Prepared:
+    """Forward and backward through autograd, packing the weights anew as after each update."""
+    (stage,) = problem.stages
+    plan = _plan(problem, choice, settings)
+    convolve = (ops.conv1d, ops.conv2d, ops.conv3d)[stage.n - 1]
+
+    def run(x: Any, w: Any) -> Any:
+        return convolve(
+            x,
+            w,
+            None,
+            stage.stride,
+            stage.padding,
+            stage.dilation,
+            stage.groups,
+            algorithm=choice.algorithm,
+            backend=choice.backend,
+        )
+
+    last = choice.layout == CHANNELS_LAST
+    call = in_place(forward_backward(problem, settings, last, run), settings)
+    return Prepared(
+        call,
+        lambda: as_array(call()),
+        plan.dtype,
+        f"{_algorithm(plan)} and gradients",
+        factor=max(1.0, planner.error_factor(plan)),
+    )
 
 
 def _algorithm(plan: Plan) -> str:

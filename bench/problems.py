@@ -17,6 +17,10 @@ from fastconv.reference import direct
 
 from .cases import Case
 
+Answer = (
+    Any  # an array or tensor (N, K, *size); for `training` a tuple: y, and gradients of x and w
+)
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -42,34 +46,37 @@ class Problem:
     weights     one per stage; biases likewise, None without; () for a network
     stages      the convolutions, in order
     model       the network, in eval mode
-    want        the exact output in float64: of the last frame, for `streams`
+    want        the exact output in float64: of the last frame, for `streams`; a tensor on a GPU
+    gradient    what stands for the gradient of the output; None but for `training`
     direct_rms  relative rms error expected of a direct computation in float32
     """
 
     case: Case
     x: np.ndarray
-    want: np.ndarray
+    want: Answer
     direct_rms: float
     weights: tuple[np.ndarray, ...] = ()
     biases: tuple[np.ndarray | None, ...] = ()
     stages: tuple[Geometry, ...] = ()
     model: nn.Module | None = field(default=None, repr=False)
+    gradient: np.ndarray | None = None
 
     @property
     def epilogues(self) -> tuple[Epilogue, ...]:
         """One per stage."""
         return tuple(Epilogue(b is not None, self.case.activation) for b in self.biases)
 
-    def errors(self, got: np.ndarray) -> tuple[float, float]:
+    def errors(self, got: Answer) -> tuple[float, float]:
         """max |got - want| / max |want|, and the same of root mean squares.
 
-        Infinite if the shape is another or a value is not finite.
+        Infinite if the shape is another or a value is not finite. Of several answers the largest.
         """
-        if got.shape != self.want.shape or not np.isfinite(got).all():
-            return float("inf"), float("inf")
-        off = got.astype(np.float64) - self.want
-        largest, rms = np.abs(self.want).max(), np.sqrt(np.mean(self.want**2))
-        return float(np.abs(off).max() / largest), float(np.sqrt(np.mean(off**2)) / rms)
+        if not isinstance(self.want, tuple):
+            got, wants = (got,), (self.want,)
+        else:
+            wants = self.want
+        parts = [_errors(a, b) for a, b in zip(got, wants, strict=True)]
+        return max(p[0] for p in parts), max(p[1] for p in parts)
 
     def allowed_rms(self, precision: str, factor: float = 1.0) -> float:
         """The largest relative rms error of a right answer.
@@ -85,16 +92,40 @@ class Problem:
         return MARGIN * factor * (self.direct_rms + 3 * len(self.stages) * rounding)
 
 
-def make(case: Case, folder: str | None = None) -> Problem:
+def _errors(got: Any, want: Any) -> tuple[float, float]:
+    """`Problem.errors` of one array; where one of them is on a GPU, it computes there."""
+    if tuple(got.shape) != tuple(want.shape):
+        return float("inf"), float("inf")
+    if isinstance(got, np.ndarray) and isinstance(want, np.ndarray):
+        if not np.isfinite(got).all():
+            return float("inf"), float("inf")
+        off = got.astype(np.float64) - want
+        largest, rms = np.abs(want).max(), np.sqrt(np.mean(want**2))
+        return float(np.abs(off).max() / largest), float(np.sqrt(np.mean(off**2)) / rms)
+    import torch
+
+    device = want.device if isinstance(got, np.ndarray) else got.device
+    got, want = (torch.as_tensor(a).to(device, torch.float64) for a in (got, want))
+    if not bool(got.isfinite().all()):
+        return float("inf"), float("inf")
+    off = got - want
+    return (
+        float(off.abs().max() / want.abs().max()),
+        float(off.square().mean().sqrt() / want.square().mean().sqrt()),
+    )
+
+
+def make(case: Case, folder: str | None = None, device: str = "cpu") -> Problem:
     """The problem of a case, from a fixed seed.
 
     folder: where the exact answers of networks are kept for other processes, because they take long
+    device: where exact answers are computed; on a GPU by PyTorch in float64
 
     Raises UnsupportedError for a network that does not exist.
     """
     geometry = case.geometry
     if geometry is None:
-        return _network(case, folder)
+        return _network(case, folder, device)
     stages = geometry.stages if isinstance(geometry, SeparableGeometry) else (geometry,)
     weights = tuple(_weights(stage, i) for i, stage in enumerate(stages))
     biased = case.activation != "none"
@@ -111,13 +142,60 @@ def make(case: Case, folder: str | None = None) -> Problem:
     terms = [s.in_channels // s.groups * s.taps for s in stages]
     rms = sum(sqrt(n / 2 + 8) for n in terms) * UNIT["float32"]
     problem = Problem(case, x, z, rms, weights, biases, stages)
+    if case.kind == "training":
+        return _training(problem, device)
+    if device != "cpu":
+        problem.want = _on_gpu(problem, z, device)
+        return problem
     for stage, w, bias, epilogue in zip(stages, weights, biases, problem.epilogues, strict=True):
         z = direct.finish(direct.correlate(z, w, stage), bias, None, epilogue)
     problem.want = z[:, :, 0] if case.kind == "streams" else z
     return problem
 
 
-def _network(case: Case, folder: str | None) -> Problem:
+def _on_gpu(problem: Problem, z: Any, device: str) -> Any:
+    """The exact answer of convolutions in float64, by PyTorch."""
+    import torch
+
+    from fastconv.torch_kernels import grouped
+
+    with torch.inference_mode():
+        z = torch.from_numpy(z).to(device, torch.float64)
+        for stage, w, bias, epilogue in zip(
+            problem.stages, problem.weights, problem.biases, problem.epilogues, strict=True
+        ):
+            w64 = torch.from_numpy(w).to(device, torch.float64)
+            b64 = None if bias is None else torch.from_numpy(bias).to(device, torch.float64)
+            z = grouped.convolve(z, w64.unsqueeze(2) if stage.n == 1 else w64, b64, stage)
+            grouped.finish(z, None, epilogue.activation, z)
+    return z[:, :, 0] if problem.case.kind == "streams" else z
+
+
+def _training(problem: Problem, device: str) -> Problem:
+    """Forward and backward: the exact gradients of a random gradient of the output."""
+    try:
+        import torch
+    except ImportError as error:
+        raise UnsupportedError(
+            "bench: training needs PyTorch: pip install 'fastconv[torch]'"
+        ) from (error)
+    from fastconv.torch_kernels import grouped
+
+    (stage,), (weight,) = problem.stages, problem.weights
+    problem.gradient = _random(stage.y_shape, 30)
+    x, w, gradient = (
+        torch.from_numpy(a).to(device, torch.float64) for a in (problem.x, weight, problem.gradient)
+    )
+    x.requires_grad_(), w.requires_grad_()
+    y = grouped.convolve(x, w, None, stage)
+    problem.want = (y.detach(), *torch.autograd.grad(y, (x, w), gradient))
+    # The gradient of a weight is the longest sum.
+    terms = stage.batch * int(np.prod(stage.out_size))
+    problem.direct_rms = max(problem.direct_rms, sqrt(terms / 2 + 8) * UNIT["float32"])
+    return problem
+
+
+def _network(case: Case, folder: str | None, device: str) -> Problem:
     """The seeded network on random noise; PyTorch's own error in float32 is the measure."""
     from fastconv.zoo import NETWORKS, build
 
@@ -126,15 +204,17 @@ def _network(case: Case, folder: str | None) -> Problem:
     import torch
 
     model = build(case.target).eval()
-    x = _random((1, *NETWORKS[case.target].input_shape), 20)
+    x = _random((case.batch, *NETWORKS[case.target].input_shape), 20)
     kept = None if folder is None else Path(folder, f"{case.target}.npz")
     if kept is not None and kept.exists():
         with np.load(kept) as known:
             return Problem(case, x, known["want"], float(known["direct_rms"]), model=model)
-    exact = copy.deepcopy(model).double()
-    with torch.inference_mode():
-        plain = model(torch.from_numpy(x)).numpy()
-        want = exact(torch.from_numpy(x).double()).numpy()
+    single = copy.deepcopy(model).to(device)
+    exact = copy.deepcopy(single).double()
+    with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
+        on_device = torch.from_numpy(x).to(device)
+        plain = single(on_device).cpu().numpy()
+        want = exact(on_device.double()).cpu().numpy()
     problem = Problem(case, x, want, 0.0, model=model)
     problem.direct_rms = problem.errors(plain)[1]
     if kept is not None:

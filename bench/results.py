@@ -25,6 +25,7 @@ class Document:
     machine, settings, roofline: what the rows should be read with
     rows: one per case and contender, 'ours' first; `status` is 'ok', 'wrong' (then there are no
         times), 'unsupported', 'unavailable', 'failed' or 'skipped', and `reason` says why.
+        On a GPU times are of a call in a replayed graph; `call_ms` is of one from Python.
         A peer's `ours_ms` is our time in the peer's own process, its `ratio` is its time over that.
         The row of ours is the one beside the best peer, the one with the lowest ratio
     """
@@ -63,15 +64,15 @@ class Document:
 
     def cases(self) -> list[list[Row]]:
         """The rows case by case, in order."""
-        grouped: dict[tuple[str, ...], list[Row]] = {}
+        grouped: dict[tuple[str | int, ...], list[Row]] = {}
         for row in self.rows:
             grouped.setdefault(key(row)[:-1], []).append(row)
         return list(grouped.values())
 
 
-def key(row: Row) -> tuple[str, str, str, str]:
+def key(row: Row) -> tuple[str, str, str, int, str]:
     """What the same row has in another document."""
-    return row["kind"], row["target"], row["dtype"], row["who"]
+    return row["kind"], row["target"], row["dtype"], row.get("batch", 1), row["who"]
 
 
 def read(path: str | Path) -> Document:

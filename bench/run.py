@@ -91,7 +91,8 @@ def requested(
     reason = no_gpu.reason() if args.device == "cuda" else None
     if reason is not None:
         raise BackendError(f"bench: no GPU here: {reason}")
-    chosen = cases.select(args.kinds, args.filter, not args.table_only, args.dtype)
+    traced = not args.table_only and args.device == "cpu"
+    chosen = cases.select(args.kinds, args.filter, traced, args.dtype, args.device)
     algorithm = "winograd" if args.tile and args.algorithm == "auto" else args.algorithm
     threads = args.threads or machine.cpus()
     if threads > machine.cpus():

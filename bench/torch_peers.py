@@ -11,7 +11,7 @@ import numpy as np
 from fastconv.errors import UnsupportedError
 from fastconv.plan import CHANNELS_LAST, CONTIGUOUS
 
-from .contenders import Prepared, Settings, as_array, in_place, inputs
+from .contenders import Prepared, Settings, as_array, in_place, inputs, tensor
 from .problems import Problem
 
 
@@ -65,7 +65,7 @@ def window(problem: Problem) -> np.ndarray:
     return np.ascontiguousarray(np.moveaxis(problem.x[2:], 0, 2))
 
 
-def newest(problem: Problem, y: np.ndarray) -> np.ndarray:
+def newest(problem: Problem, y: Any) -> Any:
     """The answer of a call on `window`."""
     return y[:, :, 0] if problem.case.kind == "streams" else y
 
@@ -79,10 +79,50 @@ def plain(channels_last: bool, tf32: bool = False) -> Callable[[Problem, Setting
     def prepare(problem: Problem, settings: Settings) -> Prepared:
         if tf32 and problem.case.dtype != "float32":
             raise UnsupportedError("TF32 is for float32")
+        if problem.gradient is not None:
+            return _training(problem, settings, channels_last, tf32)
         module, xs = _made(problem, settings, channels_last)
         return _prepared(problem, settings, module, xs, tf32)
 
     return prepare
+
+
+def _training(problem: Problem, settings: Settings, channels_last: bool, tf32: bool) -> Prepared:
+    """Forward and backward by autograd: y, and the gradients of x and w."""
+    import torch
+
+    (stage,) = problem.stages
+    if stage.n != 3 or any(before != after for before, after in stage.padding):
+        raise UnsupportedError("is for three axes, padded on both sides alike")
+    padding = tuple(before for before, _ in stage.padding)
+    arguments = (stage.stride, padding, stage.dilation, stage.groups)
+
+    def run(x: Any, w: Any) -> Any:
+        return torch.nn.functional.conv3d(x, w, None, *arguments)
+
+    call = in_place(forward_backward(problem, settings, channels_last, run), settings, tf32)
+    precision = "tf32" if tf32 else problem.case.dtype
+    return Prepared(call, lambda: as_array(call()), precision)
+
+
+def forward_backward(
+    problem: Problem, settings: Settings, channels_last: bool, run: Callable[[Any, Any], Any]
+) -> Callable[[], Any]:
+    """() -> (y, gradient of x, gradient of w) of y = run(x, w)."""
+    import torch
+
+    assert problem.gradient is not None
+    dtype, layout = problem.case.dtype, CHANNELS_LAST if channels_last else CONTIGUOUS
+    xs = inputs(problem.x, layout, dtype, settings)
+    gs = inputs(problem.gradient, layout, dtype, settings)
+    w = tensor(problem.weights[0], layout, dtype, settings.device).requires_grad_()
+
+    def call() -> Any:
+        x = next(xs).detach().requires_grad_()
+        y = run(x, w)
+        return (y.detach(), *torch.autograd.grad(y, (x, w), next(gs)))
+
+    return call
 
 
 def compiled(problem: Problem, settings: Settings) -> Prepared:

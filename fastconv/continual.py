@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -185,29 +186,34 @@ def continual_step(
     Raises as `conv3d` does; the state is then untouched.
     """
     op = "continual_step"
-    named = {"state": state.frames} if state.form == "ring" else {}
-    ops.check_arrays(op, input=input, **named, weight=weight, bias=bias, residual=residual)
-    geometry = window_geometry(op, input.shape, weight.shape, stride, padding, dilation, groups)
-    check_state(op, state, geometry, input)
-    ops.check_extras(op, geometry.out_channels, column_shape(geometry), bias, residual)
-    mask = _mask(op, active, input)
-    epilogue = Epilogue(bias is not None, activation, residual is not None)
-    if is_tensor(input):
+    tensor = is_tensor(input)
+    if tensor:
         from . import torch_continual
 
+        find = torch_continual.finder()
+    else:
+        find = known_geometry
+    named = {"state": state.frames} if state.form == "ring" else {}
+    ops.check_arrays(op, input=input, **named, weight=weight, bias=bias, residual=residual)
+    geometry = find(op, input.shape, weight.shape, stride, padding, dilation, groups)
+    ops.check_extras(op, geometry.out_channels, column_shape(geometry), bias, residual)
+    mask = _mask(op, active, input)
+    if tensor:
         return torch_continual.continual_step(
             input,
             state,
             weight,
             bias,
             geometry,
-            epilogue,
+            activation,
             residual,
             active=mask,
             update_state=update_state,
             backend=backend,
             max_workspace_bytes=max_workspace_bytes,
         )
+    check_state(op, state, geometry, input)
+    epilogue = Epilogue(bias is not None, activation, residual is not None)
     plan = step_plan(
         geometry,
         state.form,
@@ -361,6 +367,25 @@ def _first(value: Any) -> Any:
     return value[0] if isinstance(value, Sequence) else value
 
 
+def known_geometry(
+    op: str,
+    frame: Sequence[int],
+    weight: Sequence[int],
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+) -> Geometry:
+    """`window_geometry`, remembered: a stream asks for the same one with every frame."""
+    stride, padding, dilation = (
+        tuple(v) if isinstance(v, list) else v for v in (stride, padding, dilation)
+    )
+    try:
+        return _remembered(op, tuple(frame), tuple(weight), stride, padding, dilation, groups)
+    except TypeError:  # no key: an extent that a compiler keeps open, a list in a list
+        return window_geometry(op, frame, weight, stride, padding, dilation, groups)
+
+
 def window_geometry(
     op: str,
     frame: Sequence[int],
@@ -388,6 +413,9 @@ def window_geometry(
     return g
 
 
+_remembered = lru_cache(maxsize=4096)(window_geometry)
+
+
 def column_shape(window: Geometry) -> tuple[int, ...]:
     """(N, K, *out_frame)"""
     n, k, _, *out = window.y_shape
@@ -405,31 +433,42 @@ def state_shape(window: Geometry, form: str) -> tuple[int, ...]:
 
 def check_state(op: str, state: State, window: Geometry, input: Array) -> None:
     """Raise if the state is not one of this window."""
-    if state.form not in FORMS or state.start not in STARTS:
+    frames, steps = ((tuple(a.shape), _dtype(a)) for a in (state.frames, state.steps))
+    check_memory(op, window, _dtype(input), state.form, state.start, state.stride, frames, steps)
+
+
+def check_memory(
+    op: str,
+    window: Geometry,
+    dtype: str,
+    form: str,
+    start: str,
+    stride: int,
+    frames: tuple[tuple[int, ...], str],
+    steps: tuple[tuple[int, ...], str],
+) -> None:
+    """`check_state` of shapes and precisions: dtype the input's; frames and steps (shape, dtype)"""
+    if form not in FORMS or start not in STARTS:
         raise UnsupportedError(
             f"{op}: a state has a form of {', '.join(FORMS)} and a start of {', '.join(STARTS)}, "
-            f"got {state.form!r} and {state.start!r}"
+            f"got {form!r} and {start!r}"
         )
-    if state.stride != window.stride[0]:
+    if stride != window.stride[0]:
         raise GeometryError(
-            f"{op}: the state is for temporal stride {state.stride}, got {window.stride[0]}"
+            f"{op}: the state is for temporal stride {stride}, got {window.stride[0]}"
         )
-    want, got = state_shape(window, state.form), tuple(state.frames.shape)
-    if got != want:
-        raise GeometryError(f"{op}: state frames must have shape {want}, got {got}")
-    n, steps = window.batch, state.steps
-    if tuple(steps.shape) != (n,) or _dtype(steps) != "int64":
+    want = state_shape(window, form)
+    if frames[0] != want:
+        raise GeometryError(f"{op}: state frames must have shape {want}, got {frames[0]}")
+    if steps != ((window.batch,), "int64"):
         raise GeometryError(
-            f"{op}: state steps must be int64 of shape ({n},), "
-            f"got {_dtype(steps)} {tuple(steps.shape)}"
+            f"{op}: state steps must be int64 of shape ({window.batch},), got {steps[1]} {steps[0]}"
         )
-    if state.form == "sum":
-        wide = "float64" if _dtype(input) == "float64" else "float32"
-        if _dtype(state.frames) != wide:
-            raise UnsupportedError(
-                f"{op}: incomplete columns must be {wide} for an input of {_dtype(input)}, "
-                f"got {_dtype(state.frames)}"
-            )
+    wide = dtype if form == "ring" or dtype == "float64" else "float32"
+    if frames[1] != wide:
+        raise UnsupportedError(
+            f"{op}: the state must be {wide} for an input of {dtype}, got {frames[1]}"
+        )
 
 
 def _dtype(array: Array) -> str:
@@ -476,7 +515,19 @@ def step_plan(window: Geometry, form: str, start: str, **choice: Any) -> Plan:
     plan = planner.plan(window, continual=True, **choice)
     options = {"sum": int(form == "sum"), "replicate": int(start == "replicate")}
     config = tuple((name, value) for name, value in options.items() if value)
-    return replace(plan, config=config) if config else plan
+    if not config:
+        return plan
+    plan = replace(plan, config=config)
+    limit = choice.get("max_workspace_bytes")
+    if limit is not None:  # which the planner held against the form of frames
+        elements = backends.kernel(plan.family, plan.backend).workspace_size(plan)
+        size = elements * ELEMENT_BYTES[plan.dtype]
+        if size > limit:
+            raise UnsupportedError(
+                f"the form {form!r} on backend {plan.backend!r} needs {size:,} bytes of "
+                f"workspace, allowed are {limit:,}"
+            )
+    return plan
 
 
 def run_step(

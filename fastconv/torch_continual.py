@@ -5,18 +5,20 @@ in place, and `fastconv::continual_step_functional`, which returns a new one and
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from math import prod
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from . import backends, continual, ops, torch_ops
+from . import backends, continual, ops, torch_memory, torch_ops, winners
 from .continual import State
 from .epilogue import Epilogue
 from .errors import UnsupportedError
 from .geometry import Geometry
-from .plan import Plan
+from .plan import CHANNELS_LAST, Plan
 
 _ARGUMENTS = (
     "Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups, "
@@ -45,13 +47,19 @@ def new_state(shape: Sequence[int], like: Tensor, dtype: str) -> tuple[Tensor, T
     return frames, torch.zeros(shape[0], dtype=torch.int64, device=like.device)
 
 
+def finder() -> Any:
+    """How the door finds a geometry: what a compiler traces remembers nothing."""
+    compiling = torch.compiler.is_compiling()
+    return continual.window_geometry if compiling else continual.known_geometry
+
+
 def continual_step(
     input: Tensor,
     state: State,
     weight: Tensor,
     bias: Tensor | None,
     geometry: Geometry,
-    epilogue: Epilogue,
+    activation: str,
     residual: Tensor | None,
     **options: Any,
 ) -> Tensor:
@@ -59,6 +67,8 @@ def continual_step(
 
     options: active, update_state, backend, max_workspace_bytes
     """
+    if state.stride != geometry.stride[0]:
+        continual.check_state("continual_step", state, geometry, input)
     with torch.no_grad():
         y: Tensor = torch.ops.fastconv.continual_step(
             input,
@@ -67,7 +77,7 @@ def continual_step(
             weight,
             bias,
             *_plain(geometry),
-            activation=epilogue.activation,
+            activation=activation,
             residual=residual,
             form=state.form,
             start=state.start,
@@ -154,21 +164,72 @@ def _step_impl(
     backend: str = "auto",
     max_workspace_bytes: int | None = None,
 ) -> Tensor:
-    memory = State(state, steps, form, start, stride[0])
-    window = _window(input, memory, weight, stride, padding, dilation, groups)
+    layout = continual.state_layout("continual_step", state, input)
+    ready = _stepper(
+        winners.situation(),
+        tuple(input.shape),
+        input.dtype,
+        input.device.type,
+        torch_ops.precision_of(input),
+        layout,
+        tuple(weight.shape),
+        (tuple(stride), tuple(padding), tuple(dilation), groups),
+        Epilogue(bias is not None, activation, residual is not None),
+        (form, start),
+        (tuple(state.shape), state.dtype),
+        (tuple(steps.shape), steps.dtype),
+        backend,
+        max_workspace_bytes,
+    )
+    packed = torch_ops.held_weights(weight).form(ready.runner, weight)
+    return ready(input, state, steps, packed, bias, residual, active, update_state)
+
+
+@lru_cache(maxsize=4096)
+def _stepper(
+    situation: Any,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: str,
+    precision: str,
+    layout: str,
+    weight: tuple[int, ...],
+    geometry: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int],
+    epilogue: Epilogue,
+    kind: tuple[str, str],
+    frames: tuple[tuple[int, ...], torch.dtype],
+    steps: tuple[tuple[int, ...], torch.dtype],
+    backend: str,
+    max_workspace_bytes: int | None,
+) -> Stepper:
+    """What runs a step of tensors of these shapes; the situation of `winners` only keys the cache.
+
+    Raises what the door raises.
+    """
+    stride, padding, dilation, groups = geometry
+    op, pairs = "continual_step", tuple(zip(padding[::2], padding[1::2], strict=True))
+    window = continual.window_geometry(op, shape, weight, stride, pairs, dilation, groups)
+    name = _name(dtype)
+    continual.check_memory(
+        op, window, name, *kind, stride[0], (frames[0], _name(frames[1])),
+        (steps[0], _name(steps[1])),
+    )  # fmt: skip
     plan = continual.step_plan(
         window,
-        form,
-        start,
-        dtype=str(input.dtype).removeprefix("torch."),
-        device=input.device.type,
-        precision=torch_ops.precision_of(input),
-        epilogue=Epilogue(bias is not None, activation, residual is not None),
-        layout=continual.state_layout("continual_step", state, input),
+        *kind,
+        dtype=name,
+        device=device,
+        precision=precision,
+        epilogue=epilogue,
+        layout=layout,
         backend=backend,
         max_workspace_bytes=max_workspace_bytes,
     )
-    return step(plan, input, memory, weight, bias, residual, active, update_state)
+    return stepper(plan)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _step_fake(
@@ -216,7 +277,76 @@ torch.library.register_fake("fastconv::continual_step", _step_fake, lib=_library
 torch.library.register_fake("fastconv::continual_step_functional", _functional_fake, lib=_library)
 
 
-@torch.no_grad()
+class Stepper:
+    """A plan ready for many steps: what it needs besides the arrays is looked up once."""
+
+    def __init__(self, plan: Plan) -> None:
+        assert isinstance(plan.geometry, Geometry)
+        self.plan = plan
+        self.runner = torch_ops.runner(plan)
+        self._module = backends.kernel("continual", plan.backend)
+        self._dtype = getattr(torch, plan.dtype)
+        _, k, *out = self._shape = continual.column_shape(plan.geometry)
+        last = plan.layout == CHANNELS_LAST
+        # (N, *out, K) or (N, K, *out) in C order
+        inner = [prod(out[i + 1 :]) * (k if last else 1) for i in range(len(out))]
+        self._strides = (k * prod(out), 1 if last else prod(out), *inner)
+        self._strided = plan.geometry.stride[0] > 1
+        large = prod(self._shape) * self._dtype.itemsize >= torch_memory.SMALLEST
+        self._recycled = large and plan.device == "cpu"
+
+    def __call__(
+        self,
+        x: Tensor,
+        frames: Tensor,
+        steps: Tensor,
+        packed: Any,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        active: Tensor | None = None,
+        update: bool = True,
+    ) -> Tensor:
+        """y (N, K, *out_frame), zeros where there is no column; writes frames and steps.
+
+        frames, steps: of the state, dense in the plan's layout; x and residual: any strides
+        """
+        plan, layout = self.plan, self.plan.layout
+        if self._recycled:
+            y = torch_ops.new_dense(self._shape, x, layout)
+        else:
+            y = torch.empty_strided(self._shape, self._strides, dtype=self._dtype, device=x.device)
+        if active is not None or self._strided:
+            y.zero_()
+        if not self._shape[0]:
+            return y
+        if plan.backend == "c":
+            x = torch_ops.dense(x, layout)
+            residual = torch_ops.dense(residual, layout)
+            scratch = ops.workspace(packed.workspace_size(), _FLOAT32)
+            packed.step(x, bias, residual, frames, steps, y, scratch, active, update)
+        elif plan.backend in torch_ops.ON_TENSORS:
+            with torch.no_grad():
+                x, residual = torch_ops.dense(x, layout), torch_ops.dense(residual, layout)
+                scratch = torch_ops.device_workspace(self._module.workspace_size(plan), y)
+                self._module.run(
+                    plan, x, packed, bias, residual, frames, steps, y, scratch, active, update
+                )
+        else:
+            if plan.backend == "numba":
+                torch_ops._follow_threads()
+            arrays = map(torch_ops._view, (x, bias, residual, frames, steps, y, active))
+            x, bias, residual, frames, steps, column, active = arrays
+            memory = State(frames, steps)
+            continual.run_step(plan, x, packed, bias, residual, memory, column, active, update)
+        return y
+
+
+@lru_cache(maxsize=4096)
+def stepper(plan: Plan) -> Stepper:
+    """The plan's Stepper."""
+    return Stepper(plan)
+
+
 def step(
     plan: Plan,
     input: Tensor,
@@ -228,38 +358,9 @@ def step(
     update: bool = True,
 ) -> Tensor:
     """One step of a plan that is right for these tensors; no gradient is kept."""
-    y = torch_ops.new_dense(continual.column_shape(_geometry_of(plan)), input, plan.layout)
-    if active is not None or plan.geometry.stride[0] > 1:
-        y.zero_()
-    if not input.shape[0]:
-        return y
-    packed = torch_ops.packed_weights(plan, weight)
-    frames, steps = state.frames, state.steps
-    if plan.backend in (*torch_ops.ON_TENSORS, "c"):
-        x, r = torch_ops.dense(input, plan.layout), torch_ops.dense(residual, plan.layout)
-        if plan.backend == "c":
-            scratch = ops.workspace(packed.workspace_size(), _FLOAT32)
-            packed.step(x, bias, r, frames, steps, y, scratch, active, update)
-            return y
-        module = backends.kernel("continual", plan.backend)
-        scratch = torch_ops.device_workspace(module.workspace_size(plan), y)
-        module.run(plan, x, packed, bias, r, frames, steps, y, scratch, active, update)
-        return y
-    if plan.backend == "numba":
-        torch_ops._follow_threads()
-    x, b, r, mask = map(torch_ops._view, (input, bias, residual, active))
-    views = State(torch_ops._view(frames), torch_ops._view(steps), *_kind(state))
-    continual.run_step(plan, x, packed, b, r, views, torch_ops._view(y), mask, update)
-    return y
-
-
-def _kind(state: State) -> tuple[str, str, int]:
-    return state.form, state.start, state.stride
-
-
-def _geometry_of(plan: Plan) -> Geometry:
-    assert isinstance(plan.geometry, Geometry)
-    return plan.geometry
+    ready = stepper(plan)
+    packed = torch_ops.held_weights(weight).form(ready.runner, weight)
+    return ready(input, state.frames, state.steps, packed, bias, residual, active, update)
 
 
 def _emitting(window: Geometry, steps: Tensor, active: Tensor | None) -> Tensor | None:

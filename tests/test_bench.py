@@ -651,23 +651,47 @@ def test_gpu_times_are_per_call_and_graphs_stand_apart():
 
 
 @NEEDS_TORCH
-def test_the_gpu_command_checks_first_and_writes_all_rows(small, bench, tmp_path, monkeypatch):
+def test_the_gpu_command_writes_all_rows_in_both_precisions(small, bench, tmp_path, monkeypatch):
     facts = machine.facts()
     monkeypatch.setattr(no_gpu, "reason", lambda: None)
     monkeypatch.setattr(machine, "kind", lambda device: f"{device} of the test")
     monkeypatch.setattr(machine, "facts", lambda device: facts)
     monkeypatch.setattr(gpu, "Settings", lambda threads, **_: QUICK)
-    monkeypatch.setattr(cases, "DTYPES", ("float32",))
-    monkeypatch.setattr(cases, "table", lambda: [LAYER, BLOCK])
+    timed_there = [replace(case, cuda_batch=2) for case in (LAYER, BLOCK)]
+    monkeypatch.setattr(gpu, "DTYPES", ("float32",))
+    monkeypatch.setattr(cases, "table", lambda: [*timed_there, STREAM])
     monkeypatch.setattr(baselines, "select", lambda *_: [])
     code, out, err = bench("gpu", "--out", tmp_path)
     assert (code, err) == (0, [])
-    assert f"0 wrong answers in the checks; rows are in {tmp_path}" in out
-    checked = json.loads((tmp_path / "checks.json").read_text())
-    assert [row["status"] for row in checked] == ["ok"] * 2
-    assert not any("median_ms" in row for row in checked)
+    assert f"rows are in {tmp_path}" in out
     timed = results.read(tmp_path / "cuda of the test.json").rows
     assert [row["target"] for row in timed] == [LAYER.target, BLOCK.target]
+    assert [(row["name"], row["batch"]) for row in timed] == [
+        (f"{LAYER.name} x2", 2),
+        (f"{BLOCK.name} x2", 2),
+    ]
+
+
+@NEEDS_TORCH
+def test_training_compares_gradients_too():
+    case = replace(LAYER, kind="training")
+    problem = problems.make(case)
+    y, gx, gw = problem.want
+    assert (gx.shape, tuple(gw.shape)) == (problem.x.shape, problem.weights[0].shape)
+    (row,) = rows.of_case(case, [], ours.Choice("torch"), QUICK, ROOFS)
+    assert (row["status"], row["algorithm"]) == ("ok", "torch depthwise and gradients")
+    assert problem.errors((y, gx, gw + 1))[0] > 0.01
+
+
+@NEEDS_TORCH
+def test_tensors_are_compared_where_they_are():
+    import torch
+
+    problem = problems.make(LAYER)
+    off = problem.want.copy()
+    off.flat[0] += np.abs(off).max()
+    assert problem.errors(torch.from_numpy(off)) == pytest.approx(problem.errors(off))
+    assert problem.errors(torch.full(off.shape, torch.nan)) == (np.inf, np.inf)
 
 
 @NEEDS_TORCH
@@ -719,13 +743,15 @@ def test_without_a_gpu_make_says_so_in_one_line():
 def test_every_case_is_right_on_smaller_maps(case):
     if case.kind == "networks":
         pytest.skip("accelerate has tests of its own")
+    if case.kind == "training" and not backends.installed("torch"):
+        pytest.skip("needs PyTorch")
     head, size = case.target.split("@")
     extents, *options = size.split(":")
-    least = {"layers": (5, 9, 9), "blocks": (5, 9, 9), "streams": (99, 9, 9)}[case.kind]
+    least = (99, 9, 9) if case.kind == "streams" else (5, 9, 9)
     small = [min(int(e), m) for e, m in zip(extents.split("x"), least, strict=True)]
     target = ":".join([f"{head}@{'x'.join(map(str, small))}", *options])
     problem = problems.make(replace(case, target=target))
-    assert prod(problem.want.shape) < 1 << 18
+    assert prod(problem.x.shape) < 1 << 18
     try:
         prepared = ours.prepare(problem, ours.Choice("numba"), QUICK)
     except BackendError as error:  # a module that is not written yet
