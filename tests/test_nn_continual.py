@@ -113,9 +113,7 @@ MODULES = {
     "global": (lambda **o: seeded(GlobalPool, 4, "max", **o), (2, 4, 9, 6, 7)),
     "delay": (lambda **o: seeded(Delay, 3, **o), (2, 4, 9, 6, 7)),
     "lstm": (
-        lambda **o: seeded(
-            Sequential, nn.Conv1d(4, 8, 3), seeded(ContinualLSTM, 8, 6, 2), **o
-        ),
+        lambda **o: seeded(Sequential, nn.Conv1d(4, 8, 3), seeded(ContinualLSTM, 8, 6, 2), **o),
         (2, 4, 9),
     ),
     "gru": (

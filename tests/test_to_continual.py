@@ -338,8 +338,10 @@ KEPT = {
     "sum": lambda m, x: x.sum(dim=(3, 4)),
     "in_place": lambda m, x: torch.relu_(x).add_(1),
     "permuted": lambda m, x: x.permute(0, 2, 3, 4, 1).softmax(-1).permute(0, 4, 1, 2, 3),
-    "pooled": lambda m, x: functional.max_pool3d(x, 3, (2, 1, 1), 1)
-    + functional.avg_pool3d(x, (3, 1, 1), (2, 1, 1), (1, 0, 0)),
+    "pooled": lambda m, x: (
+        functional.max_pool3d(x, 3, (2, 1, 1), 1)
+        + functional.avg_pool3d(x, (3, 1, 1), (2, 1, 1), (1, 0, 0))
+    ),
     "dropped": lambda m, x: functional.dropout(x, 0.5, m.training) - 1,
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -75,10 +75,12 @@ class Convolution(Op):
         self._wanted, self._replicate = form, start == "replicate"
         self._plans: dict[Any, Plan] = {}
         self._folded: tuple[Tensor, Tensor | None] | None = None
+        self._ready: tuple[Any, Any, Callable[..., Tensor] | None] = (None, None, None)
 
     def forget(self) -> None:
         """The weights were written: fold anew."""
         self._folded = None
+        self._ready = None, None, None
 
     def weights(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias, those of the batch norm included."""
@@ -149,6 +151,10 @@ class Convolution(Op):
         self, state: State, xs: Sequence[Any], ons: Sequence[On], on: On, at: Moment
     ) -> Tensor | None:
         came = ons[0]
+        if on is True and came is True and at.update and not torch.is_grad_enabled():
+            x = xs[0].select(2, 0)
+            residual = xs[1].select(2, 0) if self.epilogue.residual else None
+            return self._ready_for(xs[0], x)(x, state, residual).unsqueeze(2)
         if came is False:
             return None
         self._form_of(xs[0])
@@ -165,6 +171,21 @@ class Convolution(Op):
         memory, plan = self._memory(state), self._plan(x)
         y = torch_continual.step(plan, x, memory, w, b, residual, mask, at.update)
         return y.unsqueeze(2)
+
+    def _ready_for(self, column: Tensor, x: Tensor) -> Callable[..., Tensor]:
+        """A step of all slots together; its plan and packed weights are looked up once."""
+        shape, generation, step = self._ready
+        if step is None or shape != column.shape or generation != winners.generation():
+            self._form_of(column)
+            w, b = self.weights()
+            stepper = torch_continual.stepper(self._plan(x))
+            packed = torch_ops.held_weights(w).form(stepper.runner, w)
+
+            def step(x: Tensor, state: State, residual: Tensor | None) -> Tensor:
+                return stepper(x, state["frames"], state["steps"], packed, b, residual)
+
+            self._ready = column.shape, winners.generation(), step
+        return step
 
     def _memory(self, state: State) -> Memory:
         """The state as the kernels take it; columns are asked for when they are there."""

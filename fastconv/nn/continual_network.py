@@ -6,6 +6,7 @@ Slots are the entries of the batch: streams that begin, pause and end on their o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from .continual_graph import Graph, Node, fused
 from .continual_ops import Columns, Moment, State, rows
 
 Saved = dict[str, Any]
+_VERSION = attrgetter("_version")
 NONE: State = {}  # of operations that keep nothing
 
 
@@ -52,6 +54,20 @@ class Program:
             if value != self.output:
                 self.dead.setdefault(number, []).append(value)
 
+        # Number, function, name, inputs, own clock, the inputs' clocks, values not needed any more.
+        self.calls = [
+            (
+                number,
+                node.op.step,
+                node.name,
+                node.inputs,
+                self.clock_of[number],
+                tuple(self.clock_of[i] for i in node.inputs),
+                tuple(self.dead.get(number, ())),
+            )
+            for number, node in self.nodes
+        ]
+
     def step(self, states: dict[str, State], frame: Tensor, at: Moment) -> tuple[Any, On]:
         """The output column of a frame, None if no slot has one; and which have."""
         if self.every_frame and at.common is not None and at.common >= self.steady:
@@ -60,18 +76,19 @@ class Program:
             on = [at.on(clock) for clock in self.clocks]
         values: list[Any] = [None] * self.size
         values[0] = frame
-        for number, node in self.nodes:
-            inputs = node.inputs
-            values[number] = node.op.step(
-                states.get(node.name, NONE),
-                [values[i] for i in inputs],
-                [on[self.clock_of[i]] for i in inputs],
-                on[self.clock_of[number]],
-                at,
+        for number, step, name, inputs, clock, clocks, dead in self.calls:
+            ons = [on[i] for i in clocks]
+            values[number] = step(
+                states.get(name, NONE), [values[i] for i in inputs], ons, on[clock], at
             )
-            for value in self.dead.get(number, ()):
+            for value in dead:
                 values[value] = None
-        return values[self.output], on[self.clock_of[self.output]]
+        y = values[self.output]
+        if at.after:
+            y = y if y is None else y.clone()  # it may lie in what is written now
+            for keep in at.after:
+                keep()
+        return y, on[self.clock_of[self.output]]
 
     def start(self, frame: Tensor, slots: int) -> tuple[dict[str, State], Tensor]:
         """Empty states for slots of frames like this, and the column of output of such a frame."""
@@ -189,8 +206,9 @@ class Continual(nn.Module):
     def _follow_weights(self, program: Program) -> None:
         """Fold anew what was written since; writes through `.data` are not seen."""
         if self._tensors is None:
-            self._tensors = [*self.parameters(), *self.buffers()]
-        version = sum(t._version for t in self._tensors if not t.is_inference())
+            tensors = (*self.parameters(), *self.buffers())
+            self._tensors = [t for t in tensors if not t.is_inference()]
+        version = sum(map(_VERSION, self._tensors))
         if version != self._version:
             self._version = version
             for _, node in program.nodes:

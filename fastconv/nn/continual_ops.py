@@ -6,7 +6,7 @@ Inside a network a column keeps its time axis, of extent 1: (N, C, 1, *frame). S
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -35,6 +35,7 @@ class Moment:
     active: On
     new: On = False
     update: bool = True
+    after: list[Callable[[], Any]] = field(default_factory=list)  # what the end of the step does
 
     def on(self, clock: Clock) -> On:
         """The slots in which the frame brings a column."""
@@ -43,6 +44,11 @@ class Moment:
         found = clock.on_each(self.seen) | self.new
         found &= self.active
         return True if found.all() else found if found.any() else False
+
+    def common_place(self, clock: Clock, count: int) -> int:
+        """Where in a ring the newest column belongs."""
+        assert self.common is not None
+        return clock.column(self.common) % count
 
     def column(self, clock: Clock) -> Any:
         """The column that the frame brings, or the last one before it; per slot if they differ."""
@@ -191,6 +197,11 @@ class Delay(Op):
 
     def step(self, state, xs, ons, on, at):  # type: ignore[no-untyped-def]
         ring, y = state["columns"], None
+        if on is True and ons[0] is True and at.common is not None and at.update:
+            # What is read may stay where it is until all have read it.
+            place = ring[at.common_place(self.early, self.count)]
+            at.after.append(partial(place.copy_, xs[0]))
+            return place
         if on is not False:  # before the newest column takes the place of the one that leaves
             y = read(ring, at.column(self.late) % self.count)
         if ons[0] is not False and at.update:

@@ -32,8 +32,8 @@ def to_continual(
 ) -> ContinualNetwork:
     """A copy of a model that takes its clips frame by frame, with the same parameters (not copies).
 
-    example_clip    (N, C, T, *size), as the model takes it; values and precision do not matter, it may
-                    be on the `meta` device
+    example_clip    (N, C, T, *size), as the model takes it; values and precision do not matter, it
+                    may be on the `meta` device
     start           'wait': a result needs all frames of its receptive field; the layers' temporal
                     padding is dropped. 'zeros': the padding in front of the clip is kept, and
                     results come as soon as they are the clip's. 'replicate': as if the first frame
