@@ -30,6 +30,7 @@ from .torch_ops_runner import device_workspace as device_workspace
 from .torch_ops_runner import execute as execute
 from .torch_ops_runner import is_plain
 from .torch_ops_runner import new_dense as new_dense
+from .torch_ops_runner import packed_weights as packed_weights
 from .torch_ops_runner import precision_of as precision_of
 from .torch_ops_runner import runner as runner
 
