@@ -11,6 +11,7 @@
 #include "grouped.h"
 #include "hfa.h"
 #include "continual.h"
+#include "elementwise.h"
 #include "families.h"
 
 #define FC_LINE 16 /* floats of a cache line */
@@ -36,6 +37,10 @@ typedef struct {
     /* Each of `images` matrices (rows, columns), rows from_stride apart, to (columns, rows). */
     void (*transpose)(const float *from, int64_t from_stride, float *to, int64_t images,
                       int64_t rows, int64_t columns, int threads);
+    void (*blend)(const fc_blend *params, const float *x, const float *scale, const float *shift,
+                  const float *residual, float *y, int threads);
+    void (*means)(const fc_means *params, const float *x, float *y, float *workspace, int threads);
+    void (*pool)(const fc_pool *params, const float *x, float *y, int threads);
 } fc_isa;
 
 /* Call item(context, i, thread) for every i below items, in any order; thread < threads. */

@@ -10,6 +10,7 @@
 #include "grouped.c"
 #include "hfa.c"
 #include "continual.c"
+#include "elementwise.c"
 
 const fc_isa ISA = {
     .name = ISA_NAME,
@@ -17,6 +18,9 @@ const fc_isa ISA = {
     .usable = usable,
     .transpose = transpose,
     .step = continual_frames,
+    .blend = blend_run,
+    .means = means_run,
+    .pool = pool_run,
     .run = {[FC_WINOGRAD] = winograd_run,
             [FC_DEPTHWISE] = depthwise_run,
             [FC_GROUPED] = grouped_run,
