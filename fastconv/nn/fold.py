@@ -434,7 +434,6 @@ class _Folder:
 
 def _separable(stages: tuple[Conv, Conv, Conv]) -> SeparableGeometry | None:
     """The geometry of a fully separable block, or None if these are something else."""
-    first, middle, last = stages
     if any(s.residual for s in stages[:2]) or any(s.scale for s in stages):
         return None
     gs = [s.geometry for s in stages]
@@ -453,9 +452,7 @@ def _separable(stages: tuple[Conv, Conv, Conv]) -> SeparableGeometry | None:
 
 
 def _takes_residual(maker: Step | None) -> bool:
-    if not isinstance(maker, (Conv, Blend)) or maker.finished or maker.residual is not None:
-        return False
-    return True
+    return isinstance(maker, (Conv, Blend)) and not maker.finished and maker.residual is None
 
 
 def _can_pad(step: Step, pad: Pad) -> bool:
@@ -611,7 +608,11 @@ def _pool(operation: Operation, a: dict[str, Any]) -> Step | None:
 def _cat(operation: Operation, a: dict[str, Any]) -> Step | None:
     parts, y = list(a["tensors"]), operation.outputs[0]
     known = all(isinstance(v, Value) and v.dtype == y.dtype for v in parts)
-    if not known or a["dim"] % len(y.shape) != 1 or any(len(v.shape) != len(y.shape) for v in parts):
+    if (
+        not known
+        or a["dim"] % len(y.shape) != 1
+        or any(len(v.shape) != len(y.shape) for v in parts)
+    ):
         return None
     return Join(parts, y)
 

@@ -1,9 +1,9 @@
 """What a model computes from its inputs: a flat list of operations, recorded while it runs.
 
-The model runs once on real tensors, and every operation that PyTorch dispatches is written down with
-the values that it reads: modules, functions, methods and operators all look alike there. Python's
-control flow has been followed, so a recording holds for inputs of the same shapes; whatever looks
-at the numbers in a tensor is refused.
+The model runs once on real tensors, and every operation that PyTorch dispatches is written down
+with the values that it reads: modules, functions, methods and operators all look alike there.
+Python's control flow has been followed, so a recording holds for inputs of the same shapes;
+whatever looks at the numbers in a tensor is refused.
 """
 
 from __future__ import annotations
@@ -31,10 +31,14 @@ OURS: dict[type[nn.Module], type[nn.Module]] = {
 }
 # Composite operations that stay whole; others are recorded as the operations that they consist of.
 WHOLE = frozenset(
-    "conv1d conv2d conv3d batch_norm linear flatten reshape max_pool1d max_pool2d max_pool3d "
-    "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d avg_pool1d avg_pool2d avg_pool3d "
-    "dropout feature_dropout alpha_dropout contiguous to pad softmax log_softmax matmul chunk "
-    "layer_norm group_norm instance_norm silu hardswish relu6".split()
+    (
+        *(f"{kind}{n}d" for kind in ("conv", "max_pool", "avg_pool") for n in (1, 2, 3)),
+        *(f"adaptive_avg_pool{n}d" for n in (1, 2, 3)),
+        *("batch_norm", "group_norm", "instance_norm", "layer_norm"),
+        *("dropout", "feature_dropout", "alpha_dropout"),
+        *("linear", "matmul", "softmax", "log_softmax", "silu", "hardswish", "relu6"),
+        *("chunk", "contiguous", "flatten", "pad", "reshape", "to"),
+    )
 )
 _ESCAPES = frozenset({"numpy", "__array__", "tolist", "data_ptr", "__dlpack__", "storage"})
 
@@ -150,9 +154,7 @@ def _reason(error: Exception) -> str:
     return first if isinstance(error, UntraceableError) else f"{type(error).__name__}: {first}"
 
 
-def _innermost(
-    traceback: TracebackType | None, names: dict[nn.Module, str]
-) -> nn.Module | None:
+def _innermost(traceback: TracebackType | None, names: dict[nn.Module, str]) -> nn.Module | None:
     """The module of the model whose method ran last in a traceback."""
     found = None
     while traceback is not None:
@@ -190,9 +192,7 @@ class _Recorder(TorchDispatchMode):
         self._inputs = {x.untyped_storage().data_ptr() for x in args}
         with self._replaced(), _Escapes(self), self:
             result = forward(*args)
-        return Recording(
-            inputs, self.operations, tree_map(self._source, result), dict(self.stays)
-        )
+        return Recording(inputs, self.operations, tree_map(self._source, result), dict(self.stays))
 
     def _new(self, tensor: Tensor) -> Value:
         value = Value(tuple(tensor.shape), tensor.dtype, tensor.device.type)
@@ -310,14 +310,12 @@ class _Recorder(TorchDispatchMode):
             if isinstance(leaf, Tensor) and leaf not in self._values:
                 self._new(leaf)
         noted = tree_map(self._source, result)
-        self.operations.append(
-            Operation(module, *sources, noted, self.names[module], aliases=True)
-        )
+        self.operations.append(Operation(module, *sources, noted, self.names[module], aliases=True))
         return result
 
     @contextmanager
     def _replaced(self) -> Iterator[None]:
-        """In this thread modules that stay are noted as calls, and our convolutions are PyTorch's."""
+        """In this thread modules that stay are noted as calls, our convolutions are PyTorch's."""
         changed: list[tuple[nn.Module, str]] = []
 
         def replace(module: nn.Module, method: str, recorded: Callable[..., Any]) -> None:

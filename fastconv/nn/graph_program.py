@@ -83,9 +83,7 @@ class Program:
     contiguous  whether modules that stay get contiguous arguments
     """
 
-    def __init__(
-        self, recording: Recording, options: Options, contiguous: bool = False
-    ) -> None:
+    def __init__(self, recording: Recording, options: Options, contiguous: bool = False) -> None:
         self.options, self.contiguous = options, contiguous
         self.inputs = recording.inputs
         self.stays = recording.stays
@@ -506,16 +504,12 @@ class Bound:
         x = self._read(step.inputs[0])
         if isinstance(step, Means):
             params = small.means(step.x.shape)
-            self._call(
-                lib.fc_run_means, params, x, self._write(step.y), self._scratch_at, threads
-            )
+            self._call(lib.fc_run_means, params, x, self._write(step.y), self._scratch_at, threads)
         elif isinstance(step, Pool):
             params = small.pool(step.geometry, mean=step.mean, counted=step.counted)
             self._call(lib.fc_run_pool, params, x, self._write(step.y), threads)
         elif isinstance(step, Blend):
-            params = small.blend(
-                step.x.shape, step.activation, per_image=step.scale is not None
-            )
+            params = small.blend(step.x.shape, step.activation, per_image=step.scale is not None)
             scale = shift = residual = 0
             if work.packed is not None:
                 scale, shift = (t.data_ptr() for t in work.packed)
@@ -560,8 +554,10 @@ class Bound:
                 t = t.clone()
             return t.contiguous() if opaque and contiguous else t
 
-        places = [self._place(v) if isinstance(v, Value) else None
-                  for v in tree_flatten(operation.result)[0]]
+        places = [
+            self._place(v) if isinstance(v, Value) else None
+            for v in tree_flatten(operation.result)[0]
+        ]
 
         def run() -> None:
             args, kwargs = self._filled(operation, tensor)

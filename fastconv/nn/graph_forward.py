@@ -1,0 +1,199 @@
+"""The forward of an accelerated module: a program where that is right, else the modules one by one.
+
+It takes the place of `forward` on one module; class, parameters, buffers, hooks and state dict stay
+what they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .fold import DTYPES
+from .graph import UntraceableError, hooked, record
+from .graph_program import Options, Program
+
+MAX_PROGRAMS = 16  # input shapes with memory and packed weights of their own
+Key = tuple[tuple[torch.Size, torch.dtype], ...]
+
+
+class Forward:
+    """Calls a module: tensors of known shapes, without a gradient, through a program.
+
+    The modules run one by one, as PyTorch would run them, in training mode, where a gradient may be
+    asked for, under autocast, compiling and tracing, for other arguments than float32 and float64
+    tensors on the CPU, when hooks were added, and where the module cannot be recorded; then this is
+    tried for its children. Programs are made again when a parameter or buffer was replaced or
+    written.
+
+    contiguous  modules that stay as they are get contiguous arguments
+    """
+
+    def __init__(self, module: nn.Module, options: Options, contiguous: bool = False) -> None:
+        self.module, self.options, self.contiguous = module, options, contiguous
+        self._own = module.__dict__.get("forward")  # somebody else's replacement
+        self._reset()
+        self.refused = ""  # why the module itself cannot be recorded
+        self.__signature__ = inspect.signature(self.modules)
+
+    def _reset(self) -> None:
+        self._programs: OrderedDict[Key, Program] = OrderedDict()
+        self._lock = threading.RLock()
+        self._watched: list[nn.Module] | None = None
+        self._state: _State | None = None
+
+    @property
+    def modules(self) -> Callable[..., Any]:
+        """The forward that runs the modules one by one."""
+        if self._own is not None:
+            return self._own  # type: ignore[no-any-return]
+        return functools.partial(type(self.module).forward, self.module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        program = self._program(args) if not kwargs and _can_run(args) else None
+        if program is None:
+            return self.modules(*args, **kwargs)
+        return program(args)
+
+    def _program(self, args: Sequence[Tensor]) -> Program | None:
+        """The program for such arguments, or None where the modules have to run."""
+        if self.refused:
+            return None
+        if self._watched is None:
+            self._watched = list(self.module.modules())
+            self._hooked = {m for m in self._watched if hooked(m) and m is not self.module}
+        for m in self._watched:
+            if m.training or ((m._forward_hooks or m._forward_pre_hooks) and self._is_new(m)):
+                return None
+        if torch.is_grad_enabled() and self._may_need_gradient(args):
+            return None
+        key = tuple((x.shape, x.dtype) for x in args)
+        program = self._programs.get(key)
+        if program is None or self._state is None or not self._state.holds():
+            return self._made(key, args)
+        return program
+
+    def _is_new(self, module: nn.Module) -> bool:
+        """Whether hooks were added since; those of the module itself run around `forward`."""
+        return module is not self.module and module not in self._hooked
+
+    def _may_need_gradient(self, args: Sequence[Tensor]) -> bool:
+        return any(x.requires_grad for x in (*args, *self.module.parameters()))
+
+    def _made(self, key: Key, args: Sequence[Tensor]) -> Program | None:
+        with self._lock:
+            if self._state is not None and not self._state.holds():
+                self._programs.clear()
+            program = self._programs.get(key)
+            if program is not None:
+                return program
+            try:
+                recording = record(self.module, self.modules, args)
+            except UntraceableError as error:
+                self.refused = str(error)
+                self._programs.clear()
+                self._delegate(list(self.module.children()))
+                return None
+            for module in recording.stays:
+                self._delegate(list(module.children()))
+            program = Program(recording, self.options, self.contiguous)
+            while len(self._programs) >= MAX_PROGRAMS:
+                self._programs.popitem(last=False)
+            state = _State(self.module)
+            if not state.holds():  # tensors that nobody can tell a write of
+                return None
+            self._programs[key], self._state = program, state
+            return program
+
+    def _delegate(self, modules: list[nn.Module]) -> None:
+        for module in modules:
+            install(module, self.options, self.contiguous)
+
+    def program_of(self, args: Sequence[Tensor]) -> Program | None:
+        """The program that a call ran, if one did."""
+        return self._programs.get(tuple((x.shape, x.dtype) for x in args if isinstance(x, Tensor)))
+
+    @property
+    def programs(self) -> list[Program]:
+        """Those made so far."""
+        return list(self._programs.values())
+
+    def forget_plans(self) -> None:
+        """Plan, and pack weights, anew in the next call."""
+        with self._lock:
+            self._programs.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        skipped = ("_programs", "_lock", "_watched", "_state", "_hooked", "__signature__")
+        return {name: value for name, value in self.__dict__.items() if name not in skipped}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._reset()
+
+
+def install(module: nn.Module, options: Options, contiguous: bool = False) -> None:
+    """Give a module a Forward, unless there is nothing in it that it could help."""
+    if isinstance(module.__dict__.get("forward"), Forward):
+        return
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)):
+        for child in module.children():
+            install(child, options, contiguous)
+    elif any(True for _ in module.children()):
+        module.__dict__["forward"] = Forward(module, options, contiguous)
+
+
+def forwards(model: nn.Module) -> list[Forward]:
+    """Every Forward in a model, its own first."""
+    found = (module.__dict__.get("forward") for module in model.modules())
+    return [forward for forward in found if isinstance(forward, Forward)]
+
+
+def _can_run(args: Sequence[Any]) -> bool:
+    """Plain tensors that kernels may read, nobody tracing."""
+    for x in args:
+        if type(x) is not Tensor or x.dtype not in DTYPES or x.device.type != "cpu":
+            return False
+        if not x.numel() or x.layout != torch.strided:
+            return False
+    return bool(args) and not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch.is_autocast_enabled("cpu")
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+class _State:
+    """The parameters and buffers of a module as they are: which, where, and how often written."""
+
+    def __init__(self, module: nn.Module) -> None:
+        homes: list[tuple[dict[str, Any], str, Tensor]] = []
+        for owner in module.modules():
+            for table in (owner._parameters, owner._buffers):
+                homes += [(table, name, t) for name, t in table.items() if t is not None]
+        self._homes = homes
+        self._tensors = [t for _, _, t in homes]
+        # Inference tensors do not count their writes.
+        self._countable = not any(t.is_inference() for t in self._tensors)
+        self._marks = self._now() if self._countable else []
+
+    def _now(self) -> list[tuple[int, int]]:
+        return [(t._version, t.data_ptr()) for t in self._tensors]
+
+    def holds(self) -> bool:
+        """Whether nothing was replaced or written since."""
+        if not self._countable:
+            return False
+        for table, name, tensor in self._homes:
+            if table.get(name) is not tensor:
+                return False
+        return self._now() == self._marks
