@@ -20,6 +20,7 @@ TITLES = {
     "blocks": "block",
     "networks": "network",
     "streams": "one frame of a stream (window)",
+    "training": "forward and backward",
 }
 
 
@@ -63,14 +64,18 @@ def section(document: Document) -> str:
     m, s = document.machine, document.settings
     versions = [f"{name} {m['versions'][name]}" for name in _named(m["versions"])]
     busy = " **The machine was not quiet.**" if not_quiet(document) else ""
+    where = f"{m['cpu']}, {s['threads']} threads, float32, batch 1"
     turns = "each library by turns with ours in a process of its own"
+    exact = "compute in float32 too"
     if s["device"] != "cpu":
-        turns = "all by turns in one process"
+        where = f"{m['gpu']}, float32 where no precision is named, TF32 off, batch 1 or as named"
+        turns = "all by turns in one process, each as a replayed CUDA graph where it can be one"
+        exact = "compute in the same precision"
     lines = [
-        f"{m.get('gpu') or m['cpu']}, {s['threads']} threads, float32, batch 1, {m['date'][:10]}, "
+        f"{where}, {m['date'][:10]}, "
         f"commit {m['commit'] or 'unknown'}; {', '.join(versions)}. Peers in this run: "
         f"{', '.join(_timed(document))}. Milliseconds, medians; {turns}. The best peer is "
-        "the one with the lowest ratio among those that compute in float32 too; ours is as timed "
+        f"the one with the lowest ratio among those that {exact}; ours is as timed "
         "beside it. The error is the largest, relative to the largest output, "
         f"against float64.{busy}"
     ]
@@ -102,7 +107,7 @@ def section(document: Document) -> str:
 
 
 def _named(versions: dict[str, str]) -> list[str]:
-    return [name for name in ("torch", "numba") if name in versions]
+    return [name for name in ("torch", "numba", "triton") if name in versions]
 
 
 def _timed(document: Document) -> list[str]:

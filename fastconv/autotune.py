@@ -81,11 +81,14 @@ def tune_request(
     clock: Callable[[], float] = time.perf_counter,
 ) -> Tuned:
     """`tune` of a Request."""
-    if request.device != "cpu":
-        raise UnsupportedError(f"tune: only plans for the CPU are timed, not for {request.device}")
-    if request.dtype not in DTYPES:
+    dtypes = DTYPES.get(request.device)
+    if dtypes is None:
         raise UnsupportedError(
-            f"tune: dtype {request.dtype} is not supported; use one of {', '.join(DTYPES)}"
+            f"tune: device {request.device!r} is not one of {', '.join(map(repr, DTYPES))}"
+        )
+    if request.dtype not in dtypes:
+        raise UnsupportedError(
+            f"tune: dtype {request.dtype} is not supported; use one of {', '.join(dtypes)}"
         )
     if not all(request.geometry.y_shape):
         raise UnsupportedError(

@@ -259,8 +259,8 @@ class Runner:
         if not y.numel():
             return y
         if self.plan.backend in ON_TENSORS:
-            workspace = device_workspace(self._size_of(self.plan), y)
-            self._run(self.plan, x, packed, bias, residual, y, workspace)
+            scratch = device_workspace(self._size_of(self.plan), y)
+            self._run(self.plan, x, packed, bias, residual, y, scratch)
             return y
         if self.plan.backend == "c":  # sees addresses only, and knows what was packed
             workspace = ops.workspace(packed.workspace_size(), _FLOAT32)
@@ -286,7 +286,8 @@ def precision_of(input: Tensor) -> str:
     """'tf32' where the user lets PyTorch's own convolutions of this tensor round to TF32."""
     if input.device.type != "cuda" or input.dtype != torch.float32:
         return "ieee"
-    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+    conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    return "tf32" if conv.fp32_precision == "tf32" else "ieee"
 
 
 @lru_cache(maxsize=4096)

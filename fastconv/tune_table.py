@@ -48,7 +48,9 @@ def add_options(parser: argparse.ArgumentParser, positive: Callable[[str], int])
     add("--backend", default="auto", help=f"auto (default), {', '.join(backends.BACKENDS)}")
     add("--tolerance", type=float, default=planner.DEFAULT_TOLERANCE, help="default: %(default)g")
     add("--layout", choices=LAYOUTS, default=LAYOUTS[-1], help="default: %(default)s")
-    add("--dtype", choices=autotune.DTYPES, default="float32", help="default: %(default)s")
+    dtypes = tuple(dict.fromkeys(sum(autotune.DTYPES.values(), ())))
+    add("--dtype", choices=dtypes, default="float32", help="default: %(default)s")
+    add("--device", choices=tuple(autotune.DTYPES), default="cpu", help="default: %(default)s")
     add("--threads", type=positive, help="default: as many as PyTorch uses")
     add("--budget", type=positive, default=1000, metavar="MS", help="per layer; default: 1000")
     add("--again", action="store_true", help="measure what was measured before")
@@ -103,6 +105,7 @@ def _rows(args: argparse.Namespace) -> list[Row]:
             request = Request.of(
                 geometry,
                 dtype=args.dtype,
+                device=args.device,
                 epilogue=epilogue,
                 layout=args.layout,
                 backend=args.backend,

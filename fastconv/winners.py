@@ -93,7 +93,7 @@ def key(request: Request) -> str:
         f"tolerance {request.tolerance:g}",
     ]
     if request.device != "cpu":
-        parts.append(request.device)
+        parts.append(_gpu() if request.device == "cuda" else request.device)
     if request.precision != "ieee":
         parts.append(request.precision)
     choice = (("algorithm", request.algorithm), ("backend", request.backend))
@@ -102,8 +102,17 @@ def key(request: Request) -> str:
         parts.append(f"tile {_by_x(request.tile)}")
     if request.max_workspace_bytes is not None:
         parts.append(f"workspace {request.max_workspace_bytes} bytes")
-    parts.append(f"{_isa(load=True)}, {costs.threads()} threads")
+    if request.device == "cpu":
+        parts.append(f"{_isa(load=True)}, {costs.threads()} threads")
     return ", ".join(parts)
+
+
+@functools.cache
+def _gpu() -> str:
+    """The name of the GPU; of several the first, as machines with unlike ones are rare."""
+    import torch
+
+    return str(torch.cuda.get_device_name(0)) if torch.cuda.is_available() else "no GPU"
 
 
 def _geometry(geometry: Geometry | SeparableGeometry) -> str:

@@ -304,7 +304,7 @@ def test_explain_shows_what_was_measured(cache, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"device": "cuda", "backend": "reference"}, "only plans for the CPU are timed"),
+        ({"device": "xpu", "backend": "reference"}, "device 'xpu' is not one of 'cpu', 'cuda'"),
         ({"dtype": "float16"}, "dtype float16 is not supported; use one of float32, float64"),
     ],
 )

@@ -74,6 +74,7 @@ OTHERS = {
     ),
     "dtype": replace(REQUEST, dtype="float64"),
     "device": replace(REQUEST, device="cuda"),
+    "precision": replace(REQUEST, precision="tf32"),
     "bias": replace(REQUEST, epilogue=Epilogue(bias=True)),
     "activation": replace(REQUEST, epilogue=Epilogue(activation="relu")),
     "residual": replace(REQUEST, epilogue=Epilogue(residual=True)),
