@@ -177,6 +177,7 @@ class _Recorder(TorchDispatchMode):
         self.names, self.stays = names, stays
         self.operations: list[Operation] = []
         self.paused = False
+        self._touched: set[int] = set()  # memory that a module that stays wrote
         self._thread = threading.get_ident()
         self._values: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._refs: dict[int, Ref] = {}
@@ -213,6 +214,7 @@ class _Recorder(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if self.paused:
+            self._watch(func, args, kwargs)
             return func(*args, **kwargs)
         self._check(func)
         name = func._schema.name.removeprefix("aten::").rstrip("_")
@@ -251,6 +253,17 @@ class _Recorder(TorchDispatchMode):
             self._check_alone(func, tensor)
             positions.append(i)
         return tuple(positions)
+
+    def _watch(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """Notice whether a module that stays writes what it was given."""
+        if not func._schema.is_mutable:
+            return
+        for i, argument in enumerate(func._schema.arguments):
+            tensor = args[i] if i < len(args) else kwargs.get(argument.name)
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            if isinstance(tensor, Tensor):
+                self._touched.add(tensor.untyped_storage().data_ptr())
 
     def _check_alone(self, func: Any, tensor: Tensor) -> None:
         memory = tensor.untyped_storage().data_ptr()
@@ -297,18 +310,16 @@ class _Recorder(TorchDispatchMode):
         """Call a module that stays as it is, and note it."""
         sources = tree_map(self._source, (args, kwargs))
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        before = [t.clone() for t in given]
-        self.paused = True
+        self.paused, self._touched = True, set()
         try:
             result = normal(*args, **kwargs)
-            same = all(torch.equal(a, b) for a, b in zip(given, before, strict=True))
         finally:
             self.paused = False
-        if not same:
+        if self._touched & {t.untyped_storage().data_ptr() for t in given}:
             raise UntraceableError(f"{self.names[module]} writes its input in place")
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf not in self._values:
-                self._new(leaf)
+            if isinstance(leaf, Tensor):
+                self._new(leaf)  # also where an argument itself came back
         noted = tree_map(self._source, result)
         self.operations.append(Operation(module, *sources, noted, self.names[module], aliases=True))
         return result

@@ -56,6 +56,11 @@ class Forward:
             return self._own  # type: ignore[no-any-return]
         return functools.partial(type(self.module).forward, self.module)
 
+    @property
+    def __code__(self) -> Any:
+        """That of the class's forward: `torch.export` looks at it."""
+        return type(self.module).forward.__code__  # type: ignore[attr-defined]
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         program = self._program(args) if not kwargs and _can_run(args) else None
         if program is None:
