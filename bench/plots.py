@@ -111,7 +111,7 @@ def _roofline(document: Document, rows: list[Row]) -> Any:
     peak = 2e-9 * roofs["multiply_adds_per_s"]["float32"]
     copies = {int(size): 1e-9 * rate for size, rate in roofs["copy_bytes_per_s"].items()}
     memory, cache = copies[max(copies)], max(copies.values())
-    points = [(row, *_point(row)) for row in rows if row["macs"] >= LEAST_MACS]
+    points = [(row, *_point(row)) for row in rows if row.get("macs", 0) >= LEAST_MACS]
     intensities = [x for _, x, _ in points] or [1.0]
     x = np.geomspace(0.5 * min(intensities), 2 * max(*intensities, peak / memory), 200)
     axes.plot(x, np.minimum(peak, memory * x), color="black", label=f"memory, {memory:.0f} GB/s")

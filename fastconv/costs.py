@@ -14,6 +14,7 @@ import sys
 from dataclasses import dataclass, replace
 from math import prod
 
+from . import costs_cuda
 from .counts import ELEMENT_BYTES, of_plan
 from .geometry import Geometry, SeparableGeometry
 from .plan import CONTIGUOUS, Plan
@@ -78,8 +79,10 @@ def multiplications(plan: Plan) -> int:
 
 def estimate_ms(plan: Plan) -> float:
     """Expected time of one run in milliseconds."""
+    if plan.device != "cpu":
+        return costs_cuda.estimate_ms(plan)
     if plan.backend == "torch" and isinstance(plan.geometry, SeparableGeometry):
-        return sum(map(estimate_ms, _stages(plan)))  # PyTorch runs one after the other
+        return sum(map(estimate_ms, costs_cuda.stages(plan)))  # PyTorch runs one after the other
     rate, workers = FAST.get((plan.backend, plan.family), SLOW), threads()
     compute = multiplications(plan) * _padding(plan) / _per_ns(plan, rate)
     compute += _transform_operations(plan) / rate.transforms
@@ -96,18 +99,6 @@ def threads() -> int:
         return int(count())
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
-def _stages(plan: Plan) -> list[Plan]:
-    """The three convolutions of a separable block, each as a plan of its own."""
-    assert isinstance(plan.geometry, SeparableGeometry)
-    assert isinstance(plan.epilogue, tuple)
-    families = ("grouped", "depthwise", "grouped")
-    parts = zip(families, plan.geometry.stages, plan.epilogue, strict=True)
-    return [
-        replace(plan, family=family, geometry=stage, epilogue=epilogue, transforms=())
-        for family, stage, epilogue in parts
-    ]
 
 
 def _transform_operations(plan: Plan) -> float:

@@ -323,9 +323,17 @@ def error_factor(p: Plan) -> float:
     Winograd sums only C products per point, rounds both operands and its transforms (about 4 units
     of variance together), and amplifies all of it by the factor of its transforms. Transformed axes
     therefore shorten the sum that they amplify.
+
+    Where operands are shorter than the float32 of the sums, their roundings are all that counts:
+    two under TF32, as in a direct sum; in half precision those of both transformed operands and of
+    the result, against that of the result alone.
     """
     if not p.transforms or max(p.tile) == 1:
         return 1.0
+    if p.dtype in ("float16", "bfloat16"):
+        return amplification(p.transforms) * sqrt(3)
+    if p.precision == "tf32":
+        return amplification(p.transforms)
     first = p.geometry.temporal if isinstance(p.geometry, SeparableGeometry) else p.geometry
     channels = first.in_channels * prod(first.stride)
     direct = first.in_channels * first.taps / 2 + 1

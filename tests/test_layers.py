@@ -19,6 +19,7 @@ LAYERS = (
     ("geometry", "transforms", "epilogue", "layouts"),
     ("plan",),
     ("counts", "reference", "numba_kernels", "c_kernels", "torch_kernels", "triton_kernels"),
+    ("costs_cuda",),
     ("backends", "costs", "algorithms", "explore"),
     ("winners",),  # what autotune measured: read by the planner, whom autotune asks for candidates
     ("planner",),

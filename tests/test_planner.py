@@ -175,3 +175,22 @@ def test_a_tile_that_one_backend_has_not_compiled_runs_on_another():
     if fastconv.backends.available()["c"] is None:
         with pytest.raises(UnsupportedError, match=r"c winograd: F\(8, 3\) is not compiled"):
             fastconv.plan(geometry, backend="c", **wanted)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "ms", "served"),
+    [
+        ("float16", "ieee", (2,), True),
+        ("float16", "ieee", (2, 2), True),
+        ("float16", "ieee", (4,), False),
+        ("float32", "tf32", (4,), True),
+        ("float32", "tf32", (4, 4), False),
+        ("float32", "ieee", (4, 4), True),
+    ],
+)
+def test_short_operands_bear_small_tiles(dtype, precision, ms, served):
+    n = len(ms)
+    geometry = Geometry.of((1, 64, *(16,) * n), (64, 64, *(3,) * n), padding=1)
+    transforms = tuple(fastconv.transform(m, 3) for m in ms)
+    plan = Plan("winograd", "triton", geometry, dtype, transforms=transforms, precision=precision)
+    assert (planner.error_factor(plan) <= planner.DEFAULT_TOLERANCE) == served
