@@ -217,21 +217,31 @@ static void dense_products(const dense_call *d, const float *const *table, const
         }
 }
 
+INLINE void dense_scale_pixel(const float *x, const float *scale, float *scaled, int64_t channels,
+                              int activation) {
+    int64_t j = 0;
+    for (; j + VL <= channels; j += VL)
+        vstore(scaled + j, vactivate(vload(x + j) * vload(scale + j), activation));
+    if (j < channels) {
+        int64_t n = channels - j;
+        vec z = vload_n(x + j, n) * vload_n(scale + j, n);
+        vstore_n(scaled + j, vactivate(z, activation), n);
+    }
+}
+
 /* Replace the inputs of a block, of one tap, by activation(input * scale): scaled (pixels, C). */
 static void dense_scale(const dense_call *d, const float **table, const float *zeros, int64_t begin,
                         int64_t end, float *scaled) {
     const fc_geometry *g = &d->params->geometry;
     int64_t channels = g->in_channels;
     int64_t of_image = g->out_size[0] * g->out_size[1] * g->out_size[2];
+    int activation = d->params->input_activation;
     for (int64_t q = begin; q < end; q++, table++, scaled += channels) {
         if (*table == zeros) continue;
         const float *x = *table, *scale = d->arrays->bias[1] + q / of_image * channels;
-        for (int64_t j = 0; j < channels; j += VL) {
-            int64_t n = vcount(channels, j);
-            vstore_n(scaled + j, vload_n(x + j, n) * vload_n(scale + j, n), n);
-        }
-        if (d->params->input_activation)
-            activate_rows(scaled, channels, 1, channels, d->params->input_activation);
+        if (activation == FC_SILU) dense_scale_pixel(x, scale, scaled, channels, FC_SILU);
+        else if (!activation) dense_scale_pixel(x, scale, scaled, channels, FC_NONE);
+        else dense_scale_pixel(x, scale, scaled, channels, activation);
         *table = scaled;
     }
 }

@@ -216,7 +216,7 @@ class _Recorder(TorchDispatchMode):
         if self.paused:
             self._watch(func, args, kwargs)
             return func(*args, **kwargs)
-        self._check(func)
+        self._check(func, args)
         name = func._schema.name.removeprefix("aten::").rstrip("_")
         if name not in WHOLE and func._can_decompose() and not func._schema.is_mutable:
             with self:
@@ -230,9 +230,13 @@ class _Recorder(TorchDispatchMode):
         return result
 
     @staticmethod
-    def _check(func: Any) -> None:
+    def _check(func: Any, args: Any) -> None:
         unknown = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-        if unknown & set(func.tags):
+        # Indices that are numbers make a result of a known shape; masks do not.
+        numbered = func._schema.name == "aten::index" and not any(
+            t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1]
+        )
+        if unknown & set(func.tags) and not numbered:
             raise UntraceableError(f"{func} depends on the numbers in a tensor")
         if "as_strided" in func._schema.name:
             raise UntraceableError(f"{func} depends on the memory layout of a tensor")

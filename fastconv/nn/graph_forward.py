@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +19,7 @@ from .fold import DTYPES
 from .graph import UntraceableError, hooked, record
 from .graph_program import Options, Program
 
-MAX_PROGRAMS = 16  # input shapes with memory and packed weights of their own
+MAX_PROGRAMS = 16  # input shapes with memory and packed weights of their own; others run modules
 Key = tuple[tuple[torch.Size, torch.dtype], ...]
 
 
@@ -44,7 +43,7 @@ class Forward:
         self.__signature__ = inspect.signature(self.modules)
 
     def _reset(self) -> None:
-        self._programs: OrderedDict[Key, Program] = OrderedDict()
+        self._programs: dict[Key, Program] = {}
         self._lock = threading.RLock()
         self._watched: list[nn.Module] | None = None
         self._state: _State | None = None
@@ -71,10 +70,7 @@ class Forward:
         """The program for such arguments, or None where the modules have to run."""
         if self.refused:
             return None
-        if self._watched is None:
-            self._watched = list(self.module.modules())
-            self._hooked = {m for m in self._watched if hooked(m) and m is not self.module}
-        for m in self._watched:
+        for m in self._watched or self._watch():
             if m.training or ((m._forward_hooks or m._forward_pre_hooks) and self._is_new(m)):
                 return None
         if torch.is_grad_enabled() and self._may_need_gradient(args):
@@ -84,6 +80,12 @@ class Forward:
         if program is None or self._state is None or not self._state.holds():
             return self._made(key, args)
         return program
+
+    def _watch(self) -> list[nn.Module]:
+        watched = list(self.module.modules())
+        self._hooked = {m for m in watched if hooked(m)}
+        self._watched = watched
+        return watched
 
     def _is_new(self, module: nn.Module) -> bool:
         """Whether hooks were added since; those of the module itself run around `forward`."""
@@ -96,8 +98,9 @@ class Forward:
         with self._lock:
             if self._state is not None and not self._state.holds():
                 self._programs.clear()
+                self._watched = None
             program = self._programs.get(key)
-            if program is not None:
+            if program is not None or len(self._programs) >= MAX_PROGRAMS:
                 return program
             try:
                 recording = record(self.module, self.modules, args)
@@ -109,8 +112,6 @@ class Forward:
             for module in recording.stays:
                 self._delegate(list(module.children()))
             program = Program(recording, self.options, self.contiguous)
-            while len(self._programs) >= MAX_PROGRAMS:
-                self._programs.popitem(last=False)
             state = _State(self.module)
             if not state.holds():  # tensors that nobody can tell a write of
                 return None
@@ -178,7 +179,7 @@ def _can_run(args: Sequence[Any]) -> bool:
 
 
 class _State:
-    """The parameters and buffers of a module as they are: which, where, and how often written."""
+    """The modules, parameters and buffers of a module: which, where, and how often written."""
 
     def __init__(self, module: nn.Module) -> None:
         homes: list[tuple[dict[str, Any], str, Tensor]] = []
@@ -187,6 +188,8 @@ class _State:
                 homes += [(table, name, t) for name, t in table.items() if t is not None]
         self._homes = homes
         self._tensors = [t for _, _, t in homes]
+        families = (m._modules for m in module.modules() if m._modules)
+        self._children = [(children, list(children.values())) for children in families]
         # Inference tensors do not count their writes.
         self._countable = not any(t.is_inference() for t in self._tensors)
         self._marks = self._now() if self._countable else []
@@ -200,5 +203,8 @@ class _State:
             return False
         for table, name, tensor in self._homes:
             if table.get(name) is not tensor:
+                return False
+        for children, kept in self._children:
+            if list(children.values()) != kept:
                 return False
         return self._now() == self._marks
