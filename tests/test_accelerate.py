@@ -627,8 +627,6 @@ def test_times_are_measured_when_asked_for():
 
 
 # What each network is given: few frames and pixels, enough for its poolings.
-SMALL = {"c3d": (16, 32, 32), "slow": (8, 32, 32)}
-SKIPPED = {"x3d_m", "x3d_l", "csn_r101", "i3d_nl_r101", "resnet3d_101_a"}  # as smaller ones, longer
 
 
 def small(network) -> tuple[int, ...]:
@@ -648,7 +646,7 @@ def test_the_zoo(name):
     options = {"clip": shape[2:]} if network.family == "c3d" else {}
     model = zoo.build(name, num_classes=11, **options).eval()
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    new, report = fastconv.accelerate(model, x, check=False)
-    assert report.error <= 2 * report.allowed  # without the check, to the model itself
-    assert all(layer.plan is not None for layer in report.layers)
+    new, report = fastconv.accelerate(model, x, check=False)  # float64 takes PyTorch long
+    assert report.traced
+    assert report.stays == ()
     close(run(new, x), run(model, x))
