@@ -20,7 +20,10 @@ from fastconv.geometry import Geometry, SeparableGeometry
 
 from .graph import Operation, Recording, Ref, Value
 
-DTYPES = (torch.float32, torch.float64)
+DTYPES = {
+    "cpu": (torch.float32, torch.float64),
+    "cuda": (torch.float32, torch.float16, torch.bfloat16),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -465,7 +468,7 @@ def _has_effects(operation: Operation) -> bool:
 
 def _is_plain(value: Value) -> bool:
     """Of a precision and device that the steps know, with batch and channels."""
-    return value.dtype in DTYPES and value.device == "cpu" and len(value.shape) >= 2
+    return value.dtype in DTYPES.get(value.device, ()) and len(value.shape) >= 2
 
 
 def _identity(operation: Operation) -> Value | None:

@@ -86,8 +86,10 @@ class Program:
     def __init__(self, recording: Recording, options: Options, contiguous: bool = False) -> None:
         self.options, self.contiguous = options, contiguous
         self.inputs = recording.inputs
+        self.device = self.inputs[0].device
+        self.uses_c = options.uses_c and self.device == "cpu"
         self.stays = recording.stays
-        can_scale = options.uses_c and options.is_free
+        can_scale = self.uses_c and options.is_free
 
         def scales(conv: Conv) -> bool:
             return can_scale and conv.y.dtype == torch.float32
@@ -135,9 +137,7 @@ class Program:
         return [Work(step, in_c=isinstance(step, (Means, Pool, Join)) and self._small(step))]
 
     def _small(self, step: Step) -> bool:
-        return self.options.uses_c and all(
-            v.dtype == torch.float32 for v in (*step.inputs, *step.outputs)
-        )
+        return self.uses_c and all(v.dtype == torch.float32 for v in (*step.inputs, *step.outputs))
 
     def _conv(self, step: Conv) -> Work:
         weight, bias = folded(step)
@@ -152,7 +152,13 @@ class Program:
         if len(step.x.shape) == 2 and not self.options.is_free:
             options = {"backend": "torch"}  # linear: no convolution that was spoken of
         request = Request.of(
-            step.geometry, dtype=dtype, epilogue=epilogue, layout=CHANNELS_LAST, **options
+            step.geometry,
+            dtype=dtype,
+            device=self.device,
+            precision=torch_ops.precision_of(weight),
+            epilogue=epilogue,
+            layout=CHANNELS_LAST,
+            **options,
         )
         plan = chosen(request)
         return Work(step, request, plan, _pack(plan, weight), bias, plan.backend == "c")
@@ -170,6 +176,8 @@ class Program:
         request = Request.of(
             step.geometry,
             dtype=str(step.outputs[0].dtype).removeprefix("torch."),
+            device=self.device,
+            precision=torch_ops.precision_of(weights[0]),
             epilogue=epilogues,  # type: ignore[arg-type]  # three
             layout=CHANNELS_LAST,
             **(self.options.of_plan | {"algorithm": "auto"}),
@@ -198,7 +206,7 @@ def _expected_ms(request: Request | None) -> float:
 def chosen(request: Request) -> Plan:
     """The plan to run inside a program: PyTorch's own only where it was measured to be better."""
     plan = planner.plan_of(request)
-    if plan.backend != "torch" or request.backend != "auto":
+    if plan.backend != "torch" or request.backend != "auto" or request.device != "cpu":
         return plan
     found = [c for c in _candidates(request) if c.reason is None]
     ours = next((c for c in found if c.plan.backend not in ("torch", "reference")), None)
@@ -244,7 +252,7 @@ def folded(conv: Conv) -> tuple[Tensor, Tensor | None]:
 
 
 def _pack(plan: Plan, weights: Any) -> Any:
-    if plan.backend == "torch":
+    if plan.backend in torch_ops.ON_TENSORS:
         return ops.pack(plan, weights)
     return ops.pack(plan, tree_map(lambda w: w.numpy(), weights))
 
@@ -289,11 +297,14 @@ class Bound:
     def timed(self, args: Sequence[Tensor]) -> list[float]:
         """Run, and return the milliseconds of every step."""
         env, start, found = self._env, 0, []
+        wait = torch.cuda.synchronize if self._program.device == "cuda" else None
         env[: len(args)] = args
         for end in self._ends:
             began = perf_counter()
             for call in self._calls[start:end]:
                 call()
+            if wait is not None:
+                wait()
             found.append(1e3 * (perf_counter() - began))
             start = end
         env[:] = [None] * len(env)
@@ -309,7 +320,7 @@ class Bound:
         scratch = 0
         # A contiguous input is transposed into the block.
         for v in self._program.inputs:
-            if v.dtype == torch.float32 and len(v.shape) > 3 and self._program.options.uses_c:
+            if v.dtype == torch.float32 and len(v.shape) > 3 and self._program.uses_c:
                 lives[v] = Life(prod(v.shape), -1, -1)
         for i, work in enumerate(works):
             step = work.step
@@ -656,6 +667,8 @@ def _torch_function(work: Work) -> Callable[..., Tensor]:
             padding=tuple(before for before, _ in g.padding), **more,
         )  # fmt: skip
     assert isinstance(step, Blend)
+    if step.x.device == "cuda" and backends.why_not("triton") is None:
+        return _on_gpu(work)
     ones = (1,) * (len(step.x.shape) - 2)
     packed = None if work.packed is None else [t.reshape(-1, *ones) for t in work.packed]
     scaled, added, act = step.scale is not None, step.residual is not None, step.activation
@@ -669,5 +682,28 @@ def _torch_function(work: Work) -> Callable[..., Tensor]:
         if added:
             x = x + more.pop(0)
         return ACTIVATIONS[act](x)
+
+    return blend
+
+
+def _on_gpu(work: Work) -> Callable[..., Tensor]:
+    """A Blend in one pass of our own kernel."""
+    from fastconv.triton_kernels import elementwise
+
+    step = work.step
+    assert isinstance(step, Blend)
+    factor, shift = (None, None) if work.packed is None else work.packed
+    scaled, added, act = step.scale is not None, step.residual is not None, step.activation
+
+    def blend(x: Tensor, *rest: Tensor) -> Tensor:
+        more, scale = list(rest), factor
+        x = torch_ops.dense(x, CHANNELS_LAST)
+        if scaled:
+            scale = more.pop(0).reshape(x.shape[0], x.shape[1])
+            scale = scale if factor is None else scale * factor
+        residual = torch_ops.dense(more.pop(0), CHANNELS_LAST) if added else None
+        y = torch.empty_like(x)
+        elementwise.blend(x, y, scale, shift, residual, act)
+        return y
 
     return blend
