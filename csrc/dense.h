@@ -14,7 +14,8 @@
    rows     [tap][rows_step]: addresses of inputs, `shift` floats before what is read
    zeros    the address that stands for padding: taps that all rows have there are left out
    pixel    floats from a row's inputs to those of the row behind it, which are asked for
-   fetch    floats from c to memory that will be written soon, or 0
+   fetch    floats from c to memory that will be written soon, and from residual to what will be
+            read, or 0
    the rest as in gemm_job, with one row of c behind the other */
 typedef struct {
     const float *const *rows;
@@ -32,6 +33,12 @@ INLINE void dense_body(int rows, int nv, const dense_job *g) {
         for (int i = 0; i < rows; i++, line += g->c_stride)
             UNROLL
             for (int j = 0; j < nv * VL; j += FC_LINE) prefetch_write(line + j);
+        if (g->residual) { /* from far away: nobody has read it since it was written */
+            const float *added = g->residual + g->fetch;
+            for (int i = 0; i < rows; i++, added += g->c_stride)
+                UNROLL
+                for (int j = 0; j < nv * VL; j += FC_LINE) prefetch_far(added + j);
+        }
     }
     vec sum[MAX_ROWS * 4];
     UNROLL

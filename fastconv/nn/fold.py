@@ -36,12 +36,6 @@ class Norm:
     variance: Ref
     eps: float
 
-    @property
-    def refs(self) -> list[Ref]:
-        """What it is computed from."""
-        found = (self.weight, self.bias, self.mean, self.variance)
-        return [ref for ref in found if ref is not None]
-
 
 @dataclass(eq=False)
 class Conv:
@@ -73,12 +67,6 @@ class Conv:
         return [self.y]
 
     @property
-    def refs(self) -> list[Ref]:
-        """Parameters and statistics."""
-        norm = self.norm.refs if self.norm else []
-        return [self.weight, *([self.bias] if self.bias else []), *norm]
-
-    @property
     def finished(self) -> bool:
         """Nothing can be added behind an activation."""
         return self.activation != "none"
@@ -100,10 +88,6 @@ class Block:
     def outputs(self) -> list[Value]:
         return [self.stages[2].y]
 
-    @property
-    def refs(self) -> list[Ref]:
-        return [ref for stage in self.stages for ref in stage.refs]
-
 
 @dataclass(eq=False)
 class Blend:
@@ -123,10 +107,6 @@ class Blend:
     @property
     def outputs(self) -> list[Value]:
         return [self.y]
-
-    @property
-    def refs(self) -> list[Ref]:
-        return self.norm.refs if self.norm else []
 
     @property
     def finished(self) -> bool:
@@ -156,8 +136,6 @@ class Means:
     def outputs(self) -> list[Value]:
         return [self.y]
 
-    refs = ()
-
 
 @dataclass(eq=False)
 class Pool:
@@ -177,8 +155,6 @@ class Pool:
     def outputs(self) -> list[Value]:
         return [self.y]
 
-    refs = ()
-
 
 @dataclass(eq=False)
 class Join:
@@ -194,8 +170,6 @@ class Join:
     @property
     def outputs(self) -> list[Value]:
         return [self.y]
-
-    refs = ()
 
 
 @dataclass(eq=False)
@@ -221,8 +195,6 @@ class Pad:
     def outputs(self) -> list[Value]:
         return [self.y]
 
-    refs = ()
-
 
 @dataclass(eq=False)
 class Other:
@@ -237,8 +209,6 @@ class Other:
     @property
     def outputs(self) -> list[Value]:
         return self.operation.outputs
-
-    refs = ()
 
 
 Step = Conv | Block | Blend | Means | Pool | Join | Pad | Other

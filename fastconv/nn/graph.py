@@ -118,6 +118,13 @@ class Recording:
     result: Any
     stays: dict[nn.Module, str] = field(default_factory=dict)
 
+    @property
+    def sources(self) -> list[Tensor]:
+        """Parameters, buffers and constants that operators read; modules see to their own."""
+        operators = [(o.args, o.kwargs) for o in self.operations if not o.opaque]
+        leaves = tree_leaves((operators, self.result))
+        return list({leaf.tensor: None for leaf in leaves if isinstance(leaf, Ref)})
+
 
 def _values(tree: Any) -> list[Value]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Value)]

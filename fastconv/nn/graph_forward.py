@@ -10,6 +10,8 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from .graph import UntraceableError, hooked, record
 from .graph_program import Options, Program
 
 MAX_PROGRAMS = 16  # input shapes with memory and packed weights of their own; others run modules
+_TRAINING, _VERSION = attrgetter("training"), attrgetter("_version")
 Key = tuple[tuple[torch.Size, torch.dtype, torch.device], ...]
 
 
@@ -45,7 +48,7 @@ class Forward:
     def _reset(self) -> None:
         self._programs: dict[Key, Program] = {}
         self._lock = threading.RLock()
-        self._watched: list[nn.Module] | None = None
+        self._watched: _Watched | None = None
         self._state: _State | None = None
 
     @property
@@ -70,9 +73,9 @@ class Forward:
         """The program for such arguments, or None where the modules have to run."""
         if self.refused:
             return None
-        for m in self._watched or self._watch():
-            if m.training or ((m._forward_hooks or m._forward_pre_hooks) and self._is_new(m)):
-                return None
+        watched = self._watched or self._watch()
+        if any(map(_TRAINING, watched.modules)) or any(watched.hooks):
+            return None
         if torch.is_grad_enabled() and self._may_need_gradient(args):
             return None
         key = _key(args)
@@ -81,15 +84,13 @@ class Forward:
             return self._made(key, args)
         return program
 
-    def _watch(self) -> list[nn.Module]:
-        watched = list(self.module.modules())
-        self._hooked = {m for m in watched if hooked(m)}
-        self._watched = watched
-        return watched
-
-    def _is_new(self, module: nn.Module) -> bool:
-        """Whether hooks were added since; those of the module itself run around `forward`."""
-        return module is not self.module and module not in self._hooked
+    def _watch(self) -> _Watched:
+        modules = list(self.module.modules())
+        # Those of the module itself run around `forward`; who had some was recorded as a call.
+        quiet = (m for m in modules if m is not self.module and not hooked(m))
+        hooks = [table for m in quiet for table in (m._forward_hooks, m._forward_pre_hooks)]
+        self._watched = _Watched(modules, hooks)
+        return self._watched
 
     def _may_need_gradient(self, args: Sequence[Tensor]) -> bool:
         return any(x.requires_grad for x in (*args, *self.module.parameters()))
@@ -112,7 +113,8 @@ class Forward:
             for module in recording.stays:
                 self._delegate(list(module.children()))
             program = Program(recording, self.options, self.contiguous)
-            state = _State(self.module)
+            earlier = [] if self._state is None else self._state.tensors
+            state = _State(self.module, [*earlier, *program.sources])
             if not state.holds():  # tensors that nobody can tell a write of
                 return None
             self._programs[key], self._state = program, state
@@ -137,7 +139,7 @@ class Forward:
             self._programs.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        skipped = ("_programs", "_lock", "_watched", "_state", "_hooked", "__signature__")
+        skipped = ("_programs", "_lock", "_watched", "_state", "__signature__")
         return {name: value for name, value in self.__dict__.items() if name not in skipped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -184,33 +186,40 @@ def _can_run(args: Sequence[Any]) -> bool:
     )
 
 
-class _State:
-    """The modules, parameters and buffers of a module: which, where, and how often written."""
+@dataclass(frozen=True)
+class _Watched:
+    """Modules whose mode matters, and tables of hooks that were empty."""
 
-    def __init__(self, module: nn.Module) -> None:
-        homes: list[tuple[dict[str, Any], str, Tensor]] = []
+    modules: list[nn.Module]
+    hooks: list[Any]
+
+
+class _State:
+    """The modules of a module, and the tensors that its programs read: which, where, and how often
+    written."""
+
+    def __init__(self, module: nn.Module, sources: Sequence[Tensor]) -> None:
+        used = set(map(id, sources))
+        self._homes: list[tuple[dict[str, Any], str, Tensor]] = []
         for owner in module.modules():
             for table in (owner._parameters, owner._buffers):
-                homes += [(table, name, t) for name, t in table.items() if t is not None]
-        self._homes = homes
-        self._tensors = [t for _, _, t in homes]
+                found = ((table, name, t) for name, t in table.items() if id(t) in used)
+                self._homes += found  # type: ignore[arg-type]  # no None has such an id
+        self.tensors = list({id(t): t for t in sources}.values())
         families = (m._modules for m in module.modules() if m._modules)
         self._children = [(children, list(children.values())) for children in families]
         # Inference tensors do not count their writes.
-        self._countable = not any(t.is_inference() for t in self._tensors)
-        self._marks = self._now() if self._countable else []
+        self._countable = not any(t.is_inference() for t in self.tensors)
+        self._marks = self._now() if self._countable else ([], [])
 
-    def _now(self) -> list[tuple[int, int]]:
-        return [(t._version, t.data_ptr()) for t in self._tensors]
+    def _now(self) -> tuple[list[int], list[int]]:
+        return list(map(_VERSION, self.tensors)), list(map(Tensor.data_ptr, self.tensors))
 
     def holds(self) -> bool:
         """Whether nothing was replaced or written since."""
-        if not self._countable:
+        if not self._countable or self._now() != self._marks:
             return False
         for table, name, tensor in self._homes:
             if table.get(name) is not tensor:
                 return False
-        for children, kept in self._children:
-            if list(children.values()) != kept:
-                return False
-        return self._now() == self._marks
+        return all(list(children.values()) == kept for children, kept in self._children)

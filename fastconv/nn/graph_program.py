@@ -96,7 +96,7 @@ class Program:
 
         found, self.result = steps(recording, options.fold, scales)
         self.works = [work for step in found for work in self._works(step)]
-        self.refs = list({ref.tensor: ref for step in found for ref in step.refs}.values())
+        self.sources = recording.sources
         self._idle: dict[int, list[Bound]] = {}
 
     def __call__(self, args: Sequence[Tensor]) -> Any:
