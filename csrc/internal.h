@@ -12,6 +12,7 @@
 #include "hfa.h"
 #include "continual.h"
 #include "gradients.h"
+#include "elementwise.h"
 #include "families.h"
 
 #define FC_LINE 16 /* floats of a cache line */
@@ -44,6 +45,10 @@ typedef struct {
                             float *workspace, int threads);
     void (*input_gradient)(const fc_gradient *params, const float *gy, const float *w, float *gx,
                            float *workspace, int threads);
+    void (*blend)(const fc_blend *params, const float *x, const float *scale, const float *shift,
+                  const float *residual, float *y, int threads);
+    void (*means)(const fc_means *params, const float *x, float *y, float *workspace, int threads);
+    void (*pool)(const fc_pool *params, const float *x, float *y, int threads);
 } fc_isa;
 
 const fc_isa *fc_set(int isa);
