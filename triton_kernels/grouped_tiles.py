@@ -255,11 +255,12 @@ def cut(
     inputs = max(16, min(inputs, power_of_two(each * g.inputs)))
     outputs = max(16, min(given.get("outputs", 128), power_of_two(each * g.outputs)))
     pixels = given.get("pixels", 64 if gathers else 128)
+    wanted = 1 if interpreted() else PROGRAMS  # the interpreter runs one after the other
     if "outputs" not in given:
-        while outputs > 64 and _programs(g, each, pixels, outputs) < PROGRAMS:
+        while outputs > 64 and _programs(g, each, pixels, outputs) < wanted:
             outputs //= 2
     if "pixels" not in given:
-        while pixels > 32 and _programs(g, each, pixels, outputs) < PROGRAMS:
+        while pixels > 32 and _programs(g, each, pixels, outputs) < wanted:
             pixels //= 2
     large = pixels * outputs >= 128 * (64 if dtype == "float32" else 128)
     return Tiles(

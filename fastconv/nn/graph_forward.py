@@ -17,13 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastconv import torch_ops
+
 from .fold import DTYPES
 from .graph import UntraceableError, hooked, record
 from .graph_program import Options, Program
 
 MAX_PROGRAMS = 16  # input shapes with memory and packed weights of their own; others run modules
 _TRAINING, _VERSION = attrgetter("training"), attrgetter("_version")
-Key = tuple[tuple[torch.Size, torch.dtype, torch.device], ...]
+Key = tuple[tuple[torch.Size, torch.dtype, torch.device, str], ...]
 
 
 class Forward:
@@ -165,7 +167,7 @@ def forwards(model: nn.Module) -> list[Forward]:
 
 
 def _key(args: Sequence[Tensor]) -> Key:
-    return tuple((x.shape, x.dtype, x.device) for x in args)
+    return tuple((x.shape, x.dtype, x.device, torch_ops.precision_of(x)) for x in args)
 
 
 def _can_run(args: Sequence[Any]) -> bool:
