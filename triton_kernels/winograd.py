@@ -79,7 +79,7 @@ def prepack(weights: Any, plan: Plan) -> torch.Tensor:
     dtype = getattr(torch, plan.dtype)
     if s.parts == 1:
         u = u.to(dtype).contiguous()
-        return _tf32(u) if _precision(s) == "tf32" else u
+        return _tf32(u) if s.precision == "tf32" else u
     high = _tf32(u.to(dtype))
     return torch.cat([high, (u - high).to(dtype)])
 
@@ -143,12 +143,6 @@ def launches(plan: Plan) -> tuple[Launch, ...]:
     return tuple(found)
 
 
-def _precision(s: Schedule) -> str:
-    if s.plan.dtype != "float32":
-        return "half"
-    return "split" if s.split else s.plan.precision
-
-
 def _product_launch(
     s: Schedule, arrays: tuple[str, ...], rows: int, scalars: tuple[int, ...], even: bool
 ) -> Launch:
@@ -161,7 +155,7 @@ def _product_launch(
     tail = (s.columns, s.depth)
     v_point, m_point = scalars[-2:]
     scalars = (*scalars[:-2], *tail, v_point, m_point, s.points * s.alpha * u_point)
-    text = kernel(product_source(t, s.direct, _precision(s)))
+    text = kernel(product_source(t, s.direct, s.precision))
     return Launch(text, blocks, arrays, scalars, tuple(constants.items()), p.warps, p.stages)
 
 
@@ -210,7 +204,7 @@ def _inputs(s: Schedule, chunk: Chunk) -> list[Launch]:
     scalars += (s.geometry.in_channels, s.x_image, *(a.x_step for a in order), s.x_channel)
     scalars += (s.v_point(chunk), s.depth)
     # A product that transforms its operands rounds them itself.
-    tf32 = _precision(s) == "tf32" and (not s.fused or order[0].transform.m == 1)
+    tf32 = s.precision == "tf32" and (not s.fused or order[0].transform.m == 1)
     fixed = (transforms, strides, _phases(s), s.fused, s.last, tf32)
     block, channels = _block(s, prod(a.alpha for a in order[1:]), s.phase_depth)
     constants = {"R": block, "CB": channels, "WIDE": _wide(s)}

@@ -42,8 +42,16 @@ def product_source(t: Transform, direct: bool, precision: str) -> str:
         loop += [f"f{i} = a{i}.to(tl.float32)" for i in range(alpha)]
         values = [f"b{i}" for i in range(alpha)]
         loop += transformed(t.input_program, [f"f{i}" for i in range(alpha)], values, "t")
+    # Tensor cores cut off what a float32 sum cannot hold, so that long sums drift: where all else
+    # is exact, a step is summed by itself and added in float32.
+    apart = precision == "split"
     for i, value in enumerate(values):
-        loop += _dots(value, sums[0 if one_sum else i], i, precision)
+        total = sums[0 if one_sum else i]
+        part = f"p{total}" if apart else total
+        begins, ends = i == 0 or not one_sum, i + 1 == alpha or not one_sum
+        loop += [f"{part} = tl.zeros((BP, BK), tl.float32)"] if apart and begins else []
+        loop += _dots(value, part, i, precision)
+        loop += [f"{total} += {part}"] if apart and ends else []
     loop += ["v += v_step", "u += DEPTH"]
     z = [f"z{i}" for i in rows]
     end = ["z0 = acc0"] if one_sum else transformed(t.output_program, sums, z, "e")
@@ -154,13 +162,9 @@ def _dots(value: str, total: str, i: int, precision: str) -> list[str]:
             *rounding,
             f'{total} = tl.dot({value}, u{i}, {total}, input_precision="{precision}")',
         ]
+    # The small products first.
     operands = ((f"{value}_lo", f"u{i}"), (f"{value}_hi", f"w{i}"), (f"{value}_hi", f"u{i}"))
-    # Tensor cores cut off what a float32 sum cannot hold, so that long sums drift: a step is
-    # summed by itself, small products first, and added in float32.
-    part = f"p{i}"
     return [
         *(line.format(b=value) for line in _SPLIT),
-        f'{part} = tl.dot({operands[0][0]}, {operands[0][1]}, input_precision="tf32")',
-        *(f'{part} = tl.dot({a}, {b}, {part}, input_precision="tf32")' for a, b in operands[1:]),
-        f"{total} += {part}",
+        *(f'{total} = tl.dot({a}, {b}, {total}, input_precision="tf32")' for a, b in operands),
     ]

@@ -14,6 +14,7 @@ from ..transforms import Transform, transform
 
 MOST_SUMS = 6  # accumulators of a product: more points on its axis do not fit the registers
 MEGABYTE = 1 << 20
+SHARED_BYTES = 152 << 10  # for operands: an A100 has 163 KB, and some is needed behind the sums
 ITEM = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -98,6 +99,13 @@ class Schedule:
         self.depth = self.phases * self.phase_depth
         self.columns = -(-geometry.out_channels // block) * block
         self.m_columns = -(-geometry.out_channels // 16) * 16
+
+    @property
+    def precision(self) -> str:
+        """Of the products: 'half', 'tf32', 'ieee', or 'split' in two TF32 numbers."""
+        if self.plan.dtype != "float32":
+            return "half"
+        return "split" if self.split else self.plan.precision
 
     @property
     def alpha(self) -> int:
@@ -202,23 +210,33 @@ def sums(axis: Axis) -> int:
 def _product(s: Schedule) -> Product:
     """Blocks as measured on an H200: small ones where there are many sums, several per processor.
 
-    None has more than 128 registers of sums per thread.
+    None has more than 128 registers of sums per thread, or more shared memory than an A100.
     """
     count = sums(s.axes[0]) if s.fused else 1
     options, channels = s.plan.options, s.geometry.out_channels
     if count > 1:
         rows, columns, warps, stages = 64, 32 if count <= 4 else 16, 4, 2
+    elif s.alpha > 1:
+        rows, columns, warps, stages = 128, 64, 8, 3
     elif _least_padding(channels, 128) == 128:
         rows, columns, warps, stages = 128, 128, 8, 3
     else:
         rows, columns, warps, stages = 128, 64, 4, 3
     rows, warps = options.get("rows", rows), options.get("warps", warps)
     columns = _least_padding(channels, options.get("columns", columns))
-    while columns > 16 and count * rows * columns > 128 * 32 * warps:
-        columns //= 2
     half = s.plan.dtype != "float32"
     depth = options.get("depth", 32 if half and s.geometry.in_channels > 16 else 16)
-    return Product(rows, columns, depth, warps, options.get("stages", stages))
+    stages = options.get("stages", stages)
+
+    def fits() -> bool:
+        step = s.alpha * depth * (rows + s.parts * columns) * ITEM[s.plan.dtype]
+        return count * rows * columns <= 128 * 32 * warps and (stages - 1) * step <= SHARED_BYTES
+
+    while columns > 16 and not fits():
+        columns //= 2
+    if not fits():
+        stages = 2
+    return Product(rows, columns, depth, warps, stages)
 
 
 def _least_padding(channels: int, most: int) -> int:
