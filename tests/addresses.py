@@ -22,9 +22,9 @@ _PLACE = re.compile(r" loc\((?:[^()]|\([^()]*\))*\)")
 _LIMIT = {"i32": 2**31, "i64": 2**63}
 
 
-def overflows(code: Any, launch: Any) -> list[str]:
-    """The steps of a compiled kernel that may overflow for the integers of its start."""
-    lines = [_PLACE.sub("", line) for line in code.asm["ttir"].splitlines()]
+def overflows(ttir: str, launch: Any) -> list[str]:
+    """The steps of a kernel that may overflow for the integers of its start."""
+    lines = [_PLACE.sub("", line) for line in ttir.splitlines()]
     names = [n for n in launch.kernel.arg_names if n not in dict(launch.constants)]
     scalars = dict(zip(names[len(launch.arrays) :], launch.scalars, strict=True))
     known: dict[str, Interval] = {}

@@ -196,7 +196,6 @@ def _temporal_block(plan: Plan, points: int) -> dict[str, int]:
     A warp multiplies 16 rows, so that no operand has to be in the registers of two.
     """
     options, temporal = plan.options, plan.geometry.temporal
-    single = plan.dtype == "float32"
     block_p = options.get("t_rows", 64)
     warps = max(4, block_p // 16)
     block_co = min(64, max(16, launch.power_of_two(temporal.out_channels)))
