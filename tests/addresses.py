@@ -15,9 +15,9 @@ SAME = ("splat", "broadcast", "expand_dims", "reshape", "trans", "extsi", "extui
 
 Interval = tuple[int, int]
 
-_ARGUMENT = re.compile(r"(%\w+): (!tt\.ptr<\w+>|i\d+)")
-_STEP = re.compile(r"\s*(%\w+)(?::\d+)? = (\w+)\.(\w+) (.*)")
-_FOR = re.compile(r"(%\w+) = (%\w+) to (%\w+) step (%\w+)(.*)")
+_ARGUMENT = re.compile(r"(%[\w-]+): (!tt\.ptr<\w+>|i\d+)")
+_STEP = re.compile(r"\s*(%[\w-]+)(?::\d+)? = (\w+)\.(\w+) (.*)")
+_FOR = re.compile(r"(%[\w-]+) = (%[\w-]+) to (%[\w-]+) step (%[\w-]+)(.*)")
 _PLACE = re.compile(r" loc\((?:[^()]|\([^()]*\))*\)")
 _LIMIT = {"i32": 2**31, "i64": 2**63}
 
@@ -61,7 +61,7 @@ def overflows(ttir: str, launch: Any) -> list[str]:
 
 
 def _operands(rest: str) -> list[str]:
-    return re.findall(r"%\w+(?:#\d+)?", rest)
+    return re.findall(r"%[\w-]+(?:#\d+)?", rest)
 
 
 def _loop(rest: str, known: dict[str, Interval]) -> None:
