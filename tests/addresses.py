@@ -15,16 +15,16 @@ SAME = ("splat", "broadcast", "expand_dims", "reshape", "trans", "extsi", "extui
 
 Interval = tuple[int, int]
 
-_ARGUMENT = re.compile(r"(%\w+): (!tt\.ptr<\w+>|i\d+)")
-_STEP = re.compile(r"\s*(%\w+)(?::\d+)? = (\w+)\.(\w+) (.*)")
-_FOR = re.compile(r"(%\w+) = (%\w+) to (%\w+) step (%\w+)(.*)")
+_ARGUMENT = re.compile(r"(%[\w-]+): (!tt\.ptr<\w+>|i\d+)")
+_STEP = re.compile(r"\s*(%[\w-]+)(?::\d+)? = (\w+)\.(\w+) (.*)")
+_FOR = re.compile(r"(%[\w-]+) = (%[\w-]+) to (%[\w-]+) step (%[\w-]+)(.*)")
 _PLACE = re.compile(r" loc\((?:[^()]|\([^()]*\))*\)")
 _LIMIT = {"i32": 2**31, "i64": 2**63}
 
 
-def overflows(code: Any, launch: Any) -> list[str]:
-    """The steps of a compiled kernel that may overflow for the integers of its start."""
-    lines = [_PLACE.sub("", line) for line in code.asm["ttir"].splitlines()]
+def overflows(ttir: str, launch: Any) -> list[str]:
+    """The steps of a kernel that may overflow for the integers of its start."""
+    lines = [_PLACE.sub("", line) for line in ttir.splitlines()]
     names = [n for n in launch.kernel.arg_names if n not in dict(launch.constants)]
     scalars = dict(zip(names[len(launch.arrays) :], launch.scalars, strict=True))
     known: dict[str, Interval] = {}
@@ -61,7 +61,7 @@ def overflows(code: Any, launch: Any) -> list[str]:
 
 
 def _operands(rest: str) -> list[str]:
-    return re.findall(r"%\w+(?:#\d+)?", rest)
+    return re.findall(r"%[\w-]+(?:#\d+)?", rest)
 
 
 def _loop(rest: str, known: dict[str, Interval]) -> None:

@@ -12,7 +12,9 @@ from unittest import mock
 import numpy as np
 import torch
 import triton
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import make_backend
 
 from fastconv.geometry import SeparableGeometry
 from fastconv.plan import Plan
@@ -50,6 +52,19 @@ class Start:
             start = replace(start, constants=tuple(constants))
         source = start.source(self.dtypes)
         return triton.compile(source, target=TARGETS[chip], options=start.options)
+
+    def ttir(self) -> str:
+        """The kernel as Triton sees it, independent of a chip: much sooner than `compiled`."""
+        backend = make_backend(TARGETS["sm_90"])
+        options = backend.parse_options(dict(self.launch.options))
+        source = self.launch.source(self.dtypes)
+        context, stages = ir.context(), {}
+        ir.load_dialects(context)
+        backend.load_dialects(context)
+        made_by = backend.get_codegen_implementation(options), backend.get_module_map()
+        module = source.make_ir(TARGETS["sm_90"], options, *made_by, context)
+        backend.add_stages(stages, options, source.language)
+        return str(stages["ttir"](module, {}))
 
 
 def starts(plan: Plan, gradient: str | None = None) -> list[Start]:

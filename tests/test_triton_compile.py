@@ -28,7 +28,8 @@ if interpreted():
 FULL = Epilogue(True, "silu", True)
 BIAS = Epilogue(True, "relu")
 FLOAT, HALF, BRAIN = "float32", "float16", "bfloat16"
-CHIPS = ("sm_80", "sm_100", "gfx942")  # besides sm_90, for a few plans per family
+# Besides sm_90, for the first plans of each family: so many of them.
+SEVERAL = {"sm_80": 2, "sm_100": 2, "gfx942": 1}
 
 
 def conv(x, w, stride=1, padding="same", dilation=1, groups=1) -> Geometry:
@@ -76,8 +77,6 @@ def hfa(x, channels, taps, m, dtype=FLOAT, layout=CHANNELS_LAST, precision="ieee
     return Plan("hfa", "triton", g, dtype, epilogues, layout, transforms=ts, precision=precision)
 
 
-# The first plans of a family, as many as SEVERAL, are compiled for all chips.
-SEVERAL = 2
 PLANS = {
     "depthwise": [
         depthwise((1, 54, 16, 56, 56), (3, 3, 3)),
@@ -185,14 +184,14 @@ class Job:
 
 
 def _jobs(table: dict[str, list[Plan]], every: bool) -> list[Job]:
-    """Of the families that there are; `every` chip for the first plans."""
+    """Of the families that there are; `every` chip and gradient, or sm_90 and the first plans."""
     found = []
     for family, plans in table.items():
         if exists(family):
             found += [Job(p) for p in plans]
-            found += [Job(p, chip) for p in plans[:SEVERAL] for chip in CHIPS if every]
+            found += [Job(p, c) for c, n in SEVERAL.items() for p in plans[:n] if every]
         if exists(f"{family}_gradients"):
-            chosen = [plans[i] for i in GRADIENTS[family]] if every else plans[:SEVERAL]
+            chosen = [plans[i] for i in GRADIENTS[family]] if every else plans[:2]
             found += [Job(p, "sm_90", d) for p in chosen for d in DIRECTIONS]
     return found
 
@@ -210,8 +209,8 @@ def _started(job: Job) -> Any:
         return error
 
 
-def _report(started: Any, chip: str) -> list[tuple]:
-    """Per kernel start its name, its `Needs`, and the steps that may overflow."""
+def _report(started: Any, job: Job) -> list[tuple]:
+    """Per kernel start its name, its `Needs` (not of a large job), and steps that may overflow."""
     import addresses
     import ptx
 
@@ -219,20 +218,25 @@ def _report(started: Any, chip: str) -> list[tuple]:
         raise started
     found = []
     for start in started:
-        code = start.compiled(chip)
-        name = start.launch.kernel.__name__
-        found.append((name, ptx.needs(code, chip), addresses.overflows(code, start.launch)))
+        needs, name = None, start.launch.kernel.__name__
+        if job in LARGE:
+            ttir = start.ttir()
+        else:
+            code = start.compiled(job.chip)
+            ttir, needs = code.asm["ttir"], ptx.needs(code, job.chip)
+        found.append((name, needs, addresses.overflows(ttir, start.launch)))
     return found
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory) -> Iterator[dict[str, Future]]:
-    """`_report` of all jobs by id, as they come from two threads, in a cache of their own."""
+def reports(request, tmp_path_factory) -> Iterator[dict[str, Future]]:
+    """`_report` of the jobs by id, as they come from two threads, in a cache of their own."""
     cache = str(tmp_path_factory.mktemp("triton"))
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
         patch.setenv("TRITON_CACHE_DIR", cache)
-        jobs = (*LAYERS, *LARGE)
-        yield {job.id: pool.submit(_report, _started(job), job.chip) for job in jobs}
+        calls = [getattr(item, "callspec", None) for item in request.session.items]
+        jobs = [call.params["job"] for call in calls if call and "job" in call.params]
+        yield {job.id: pool.submit(_report, _started(job), job) for job in jobs}
         pool.shutdown(cancel_futures=True)
 
 
@@ -266,6 +270,6 @@ def test_the_reader_of_intervals_sees_overflows(monkeypatch):
     try:
         first, second = ptx.starts(WIDE["hfa"][1])
         for start in (first, second):
-            assert addresses.overflows(start.compiled("sm_90"), start.launch)
+            assert addresses.overflows(start.ttir(), start.launch)
     finally:
         module.launches.cache_clear()

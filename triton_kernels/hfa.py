@@ -35,7 +35,7 @@ CONFIGS: tuple[dict[str, int], ...] = (
     {"s_warps": 4},
     {"s_warps": 8},
 )
-DIRECT_FRAMES = 1  # that share inputs where the temporal stage is direct
+SHARING = 2  # outputs that share inputs, behind each other in time or below each other
 
 
 def supports(
@@ -124,7 +124,7 @@ def _temporal(plan: Plan) -> Launch:
     fast = hfa_source.fast(t)
     last = plan.layout == CHANNELS_LAST
     area, out_frames = g.in_size[1] * g.in_size[2], g.out_size[0]
-    outputs = t.m if fast else min(plan.options.get("t_frames", DIRECT_FRAMES), out_frames)
+    outputs = t.m if fast else min(plan.options.get("t_frames", _sharing(plan)), out_frames)
     tiles = -(-out_frames // outputs)
     rows = g.batch * tiles * area
     block = _temporal_block(plan, t.alpha if fast else outputs)
@@ -155,19 +155,23 @@ def _temporal(plan: Plan) -> Launch:
 def _spatial(plan: Plan) -> Launch:
     _, g, p = plan.geometry.stages
     last = plan.layout == CHANNELS_LAST
-    rows = p.batch * prod(p.out_size)
+    outputs = min(plan.options.get("s_outputs", _sharing(plan)), g.out_size[1])
+    bands = -(-g.out_size[1] // outputs)
+    images = g.batch * g.out_size[0]
+    rows = images * bands * g.out_size[2]
     block = _spatial_block(plan)
     inner = plan.epilogue[1]
-    padded = g.batch * g.in_channels * prod(g.padded_size)
-    written = (rows + block["BLOCK_P"]) * p.out_channels
+    below = bands * outputs * g.stride[1] + g.kernel[1]
+    padded = images * g.in_channels * (g.padded_size[1] + below) * g.padded_size[2]
+    written = outputs * (rows + block["BLOCK_P"]) * p.out_channels
     weights = 2 * p.in_channels * (p.out_channels + block["BLOCK_CO"]) + g.taps * g.in_channels
     return Launch(
-        kernel(hfa_source.spatial(g.kernel[1:], g.stride[1:], last, _mode(plan))),
+        kernel(hfa_source.spatial(g.kernel[1:], g.stride[1:], outputs, last, _mode(plan))),
         -(-rows // block["BLOCK_P"]) * -(-p.out_channels // block["BLOCK_CO"]),
         ("workspace", "packed1", "packed2", "bias1", "bias2", "residual", "y"),
         (
-            rows, *p.out_size[1:], *g.in_size[1:], g.padding[1][0], g.padding[2][0],
-            p.in_channels, p.out_channels, prod(p.out_size),
+            rows, bands, *p.out_size[1:], *g.in_size[1:], g.padding[1][0], g.padding[2][0],
+            p.in_channels, p.out_channels, p.out_size[0],
         ),
         (
             ("HAS_INNER", inner.bias),
@@ -181,16 +185,20 @@ def _spatial(plan: Plan) -> Launch:
     )  # fmt: skip
 
 
+def _sharing(plan: Plan) -> int:
+    """Outputs of a program that share inputs; split products leave no registers for several."""
+    return 1 if _mode(plan) in ("split", "chained") else SHARING
+
+
 def _temporal_block(plan: Plan, points: int) -> dict[str, int]:
     """Blocks of rows x output channels whose accumulators, `points` of them, fit into registers.
 
     A warp multiplies 16 rows, so that no operand has to be in the registers of two.
     """
     options, temporal = plan.options, plan.geometry.temporal
-    single = plan.dtype == "float32"
-    block_p = options.get("t_rows", 64 if single else 128)
+    block_p = options.get("t_rows", 64)
     warps = max(4, block_p // 16)
-    block_co = min(64 if single else 128, max(16, launch.power_of_two(temporal.out_channels)))
+    block_co = min(64, max(16, launch.power_of_two(temporal.out_channels)))
     while points * block_p * block_co > 64 * 32 * warps and block_co > 16:
         block_co //= 2
     deep = options.get("t_ci", 16 if _mode(plan) in ("split", "chained") else 32)

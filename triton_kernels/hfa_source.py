@@ -140,10 +140,10 @@ def product(total: str, operand: str, weights: str, mode: str) -> list[str]:
     therefore added outside, where additions round.
     """
     if mode == "chained":
+        pairs = [("small", weights), ("bounded", f"small_{weights}"), ("large", weights)]
         return [
-            f"{total} = tl.dot({operand}_small, {weights}, {total}, input_precision='tf32')",
-            f"{total} = tl.dot({operand}_bounded, small_{weights}, {total}, input_precision='tf32')",
-            f"{total} = tl.dot({operand}_large, {weights}, {total}, input_precision='tf32')",
+            f"{total} = tl.dot({operand}_{a}, {b}, {total}, input_precision='tf32')"
+            for a, b in pairs
         ]
     if mode != "split":
         return [f"{total} = tl.dot({operand}, {weights}, {total}, input_precision='tf32')"]
@@ -195,7 +195,7 @@ def _direct_products(
 _SPATIAL = """\
 def hfa_spatial_kernel(
     z_ptr, w_ptr, v_ptr, inner_ptr, bias_ptr, residual_ptr, y_ptr,
-    rows, out_height, out_width, height, width, above, left, M, K, y_k,
+    rows, bands, out_height, out_width, height, width, above, left, M, K, frames,
     HAS_INNER: tl.constexpr, INNER: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
     WIDE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_CI: tl.constexpr, BLOCK_CO: tl.constexpr,
@@ -203,69 +203,109 @@ def hfa_spatial_kernel(
     pid = tl.program_id(0)
     if WIDE:
         pid, M, K = pid.to(tl.int64), tl.cast(M, tl.int64), tl.cast(K, tl.int64)
-        width, y_k = tl.cast(width, tl.int64), tl.cast(y_k, tl.int64)
+        width, out_width = tl.cast(width, tl.int64), tl.cast(out_width, tl.int64)
     blocks = tl.cdiv(K, BLOCK_CO)
     row = pid // blocks * BLOCK_P + tl.arange(0, BLOCK_P)
     co = pid % blocks * BLOCK_CO + tl.arange(0, BLOCK_CO)
-    # A row is an output pixel: rows (N, T, OH, OW); z is (N, T, H, W, M).
-    top = row // out_width % out_height * {down} - above
-    west = row % out_width * {across} - left
-    image = row // out_width // out_height
+    # A row is a column of {outputs} output pixels: rows (N * T, bands, OW); z is (N, T, H, W, M).
+    column = row % out_width
+    first = row // out_width % bands * {outputs}
+    image = row // out_width // bands
     inside = row < rows
+    top = first * {down} - above
+    west = column * {across} - left
     z_row = ((image * height + top) * width + west) * M
-    total = tl.zeros((BLOCK_P, BLOCK_CO), tl.float32)
+{zeros}
     for c0 in range(0, M, BLOCK_CI):
         c = c0 + tl.arange(0, BLOCK_CI)
+        in_c = (c < M)[None, :]
         z_at = z_ptr + z_row[:, None] + c[None, :]
-        a = tl.zeros((BLOCK_P, BLOCK_CI), tl.float32)
+        w_at = w_ptr + c[None, :]
+        inner = tl.zeros((BLOCK_P, BLOCK_CI), tl.float32)
         if HAS_INNER:
-            a += tl.load(inner_ptr + c, mask=c < M, other=0.0).to(tl.float32)[None, :]
+            inner += tl.load(inner_ptr + c, mask=c < M, other=0.0).to(tl.float32)[None, :]
+{starts}
         # A loop at run time, of few steps: Triton would move the change of layout for the product
         # in front of an unrolled sum, and send every tap through shared memory.
-        for r in range({high}):
-            in_row = inside & (top + r >= 0) & (top + r < height)
-            for s in tl.static_range({wide}):
-                in_image = in_row & (west + s >= 0) & (west + s < width)
-                mask = in_image[:, None] & (c < M)[None, :]
-                z = tl.load(z_at + (r * width + s) * M, mask=mask, other=0.0)
-                w = tl.load(w_ptr + (r * {wide} + s) * M + c, mask=c < M, other=0.0)
-                a += z.to(tl.float32) * w.to(tl.float32)[None, :]
-        a = activate(a, INNER).to(z_ptr.dtype.element_ty)
+        for s in range({wide}):
+            in_column = inside & (west + s >= 0) & (west + s < width)
+{taps}
         v_mask = (c < M)[:, None] & (co < K)[None, :]
         v_at = v_ptr + c[:, None] + co[None, :] * M
         v = tl.load(v_at, mask=v_mask, other=0.0)
-{product}
+{products}
     if HAS_BIAS:
-        total += tl.load(bias_ptr + co, mask=co < K, other=0.0).to(tl.float32)[None, :]
-{store}
+        bias = tl.load(bias_ptr + co, mask=co < K, other=0.0).to(tl.float32)[None, :]
+    else:
+        bias = tl.zeros((1, BLOCK_CO), tl.float32)
+{place}
+{results}
 """
 
-# y in the order of its rows, or with its pixels apart: (N, K, T * OH * OW).
+# y in the order of its pixels, or with its channels apart: (N, K, T, OH, OW).
 _CHANNELS_LAST = """\
-    y_at = row[:, None] * K + co[None, :]
-    y_mask = inside[:, None] & (co < K)[None, :]
-    store(y_ptr, residual_ptr, y_at, total, y_mask, ACTIVATION, HAS_RESIDUAL)"""
+    y_row = (image * out_height + first) * out_width + column
+    y_at = y_row[:, None] * K + co[None, :]
+    y_step = out_width * K"""
 _CONTIGUOUS = """\
-    y_at = (row // y_k * K * y_k + row % y_k)[None, :] + co[:, None] * y_k
-    y_mask = inside[None, :] & (co < K)[:, None]
-    store(y_ptr, residual_ptr, y_at, tl.trans(total), y_mask, ACTIVATION, HAS_RESIDUAL)"""
+    y_row = (image // frames * K * frames + image % frames) * out_height + first
+    y_at = (y_row * out_width + column)[None, :] + co[:, None] * (frames * out_height * out_width)
+    y_step = out_width"""
 
 
 @lru_cache(maxsize=256)
-def spatial(taps: tuple[int, int], stride: tuple[int, int], last: bool, mode: str) -> str:
+def spatial(
+    taps: tuple[int, int], stride: tuple[int, int], outputs: int, last: bool, mode: str
+) -> str:
     """The depthwise stage, computed as the operand of the pointwise product.
 
-    last   whether y is channels last
-    mode   as for `temporal`
+    outputs  that share inputs, below each other
+    last     whether y is channels last
+    mode     as for `temporal`
     """
-    lines = parts("a", mode)
+    lines = []
+    for r in range(taps[0]):
+        at = f"w_at + ({r} * {taps[1]} + s) * M"
+        lines.append(f"w{r} = tl.load({at}, mask=in_c, other=0.0).to(tl.float32)")
+    for i in range((outputs - 1) * stride[0] + taps[0]):
+        uses = [(o, i - o * stride[0]) for o in range(outputs)]
+        uses = [(o, r) for o, r in uses if 0 <= r < taps[0]]
+        if not uses:
+            continue
+        lines += [
+            f"in_z = in_column & (top + {i} >= 0) & (top + {i} < height)",
+            f"z = tl.load(z_at + ({i} * width + s) * M, mask=in_z[:, None] & in_c, other=0.0)",
+            "z = z.to(tl.float32)",
+            *(f"a{o} += z * w{r}" for o, r in uses),
+        ]
+    products = []
     if mode in ("split", "chained"):
-        lines.insert(0, "small_v = tl.load(v_at + K * M, mask=v_mask, other=0.0)")
+        products.append("small_v = tl.load(v_at + K * M, mask=v_mask, other=0.0)")
+    results = []
+    for o in range(outputs):
+        products.append(f"a{o} = activate(a{o}, INNER).to(z_ptr.dtype.element_ty)")
+        products += [*parts(f"a{o}", mode), *product(f"y{o}", f"a{o}", "v", mode)]
+        mask = f"(inside & (first + {o} < out_height))"
+        mask = (
+            f"{mask}[:, None] & (co < K)[None, :]"
+            if last
+            else f"{mask}[None, :] & (co < K)[:, None]"
+        )
+        total = f"y{o} + bias" if last else f"tl.trans(y{o} + bias)"
+        results.append(
+            f"store(y_ptr, residual_ptr, y_at + {o} * y_step, {total}, {mask}, "
+            "ACTIVATION, HAS_RESIDUAL)"
+        )
+    names = [f"y{o}" for o in range(outputs)]
     return _SPATIAL.format(
+        outputs=outputs,
         down=stride[0],
         across=stride[1],
-        high=taps[0],
         wide=taps[1],
-        product=indented([*lines, *product("total", "a", "v", mode)], 2),
-        store=_CHANNELS_LAST if last else _CONTIGUOUS,
+        zeros=indented([f"{name} = tl.zeros((BLOCK_P, BLOCK_CO), tl.float32)" for name in names]),
+        starts=indented([f"a{o} = inner" for o in range(outputs)], 2),
+        taps=indented(lines, 3),
+        products=indented(products, 2),
+        place=_CHANNELS_LAST if last else _CONTIGUOUS,
+        results=indented(results),
     )
