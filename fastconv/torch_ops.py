@@ -28,9 +28,13 @@ from .torch_ops_prepacked import freeze as freeze
 from .torch_ops_register import cast_by_autocast
 from .torch_ops_runner import FLOAT32 as _FLOAT32
 from .torch_ops_runner import Runner as Runner
-from .torch_ops_runner import dense, device_workspace, is_plain, new_dense, packed_weights
+from .torch_ops_runner import dense as dense
+from .torch_ops_runner import device_workspace as device_workspace
 from .torch_ops_runner import execute as execute
 from .torch_ops_runner import follow_threads as _follow_threads
+from .torch_ops_runner import is_plain
+from .torch_ops_runner import new_dense as new_dense
+from .torch_ops_runner import packed_weights as packed_weights
 from .torch_ops_runner import precision_of as precision_of
 from .torch_ops_runner import runner as runner
 
