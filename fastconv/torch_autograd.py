@@ -139,7 +139,7 @@ def _input_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     gy, weight = ctx.saved_tensors
     by_gy = by_weight = None
     if ctx.needs[0]:
-        by_gy = convolution(grad, weight, *ctx.arguments, *ctx.choice)
+        by_gy = convolution(grad, weight, None, *ctx.arguments, *ctx.choice)
     if ctx.needs[1]:
         by_weight = gradient_of_weight(gy, grad, weight.shape, *ctx.arguments, *ctx.choice)
     return by_gy, by_weight, *(None,) * 8
@@ -157,7 +157,7 @@ def _weight_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     gy, input = ctx.saved_tensors
     by_gy = by_input = None
     if ctx.needs[0]:
-        by_gy = convolution(input, grad, *ctx.arguments, *ctx.choice)
+        by_gy = convolution(input, grad, None, *ctx.arguments, *ctx.choice)
     if ctx.needs[1]:
         by_input = gradient_of_input(gy, grad, input, *ctx.arguments, *ctx.choice)
     return by_gy, by_input, *(None,) * 7
@@ -166,12 +166,12 @@ def _weight_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 def convolution(
     input: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     backend: str,
     tolerance: float,
-    bias: Tensor | None = None,
 ) -> Tensor:
     """The plain convolution by its operator."""
     return torch.ops.fastconv.conv(
@@ -242,11 +242,11 @@ def gradient_of_bias(grad: Tensor) -> Tensor:
     return grad.sum([0, *range(2, grad.dim())])
 
 
-def through_activation(activation: str, grad: Tensor, output: Tensor, before: Tensor) -> Tensor:
+def through_activation(activation: str, grad: Tensor, output: Any, before: Any) -> Tensor:
     """The gradient in front of an activation.
 
-    output, before: of the activation; of those in FROM_OUTPUT only the former is read, of others
-    only the latter
+    output, before: tensors behind and in front of the activation; of those in FROM_OUTPUT only the
+    former is read, of others only the latter
     """
     aten = torch.ops.aten
     if activation == "relu":

@@ -145,7 +145,9 @@ def separable_block(
     **choice: Any,
 ) -> Tensor:
     """`ops.separable_block` on tensors; three convolutions where a gradient is asked for."""
-    if _trains(input, *weights, *biases, residual):
+    # torch.jit.trace knows no lists of words.
+    traced = not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
+    if traced or _trains(input, *weights, *biases, residual):
         # What the block's gradient would compute again is kept instead.
         for i, stage in enumerate(geometry.stages):
             rest = residual if i == 2 else None

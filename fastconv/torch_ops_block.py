@@ -44,8 +44,9 @@ ACTIVATIONS = {
 def _geometry(
     input: Tensor, weights: Sequence[Tensor], stride: Sequence[int], padding: Sequence[int]
 ) -> SeparableGeometry:
+    temporal, depthwise, pointwise = (w.shape for w in weights)
     return SeparableGeometry.of(
-        input.shape, *(w.shape for w in weights), tuple(stride), pairs(padding)
+        input.shape, temporal, depthwise, pointwise, tuple(stride), pairs(padding)
     )
 
 
@@ -172,7 +173,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weights, biases, needs = rest[:3], rest[3:], ctx.needs
     inputs, before = [input], []
     for i, (stage, activation) in enumerate(zip(ctx.stages, ctx.activations, strict=True)):
-        z = convolution(inputs[i], weights[i], *stage, *ctx.choice, bias=biases[i])
+        z = convolution(inputs[i], weights[i], biases[i], *stage, *ctx.choice)
         before.append(z if i < 2 or residual is None else z + residual)
         inputs.append(ACTIVATIONS[activation](before[i]))
     found: list[Tensor | None] = [None] * 14

@@ -222,7 +222,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     arguments, needs = (*ctx.arguments, ctx.backend, ctx.tolerance), ctx.needs
     before = None
     if ctx.activation not in FROM_OUTPUT:
-        before = convolution(input, weight, *arguments, bias=bias)
+        before = convolution(input, weight, bias, *arguments)
         before = before if residual is None else before + residual
     grad = through_activation(ctx.activation, grad, output, before)
     found: list[Tensor | None] = [None] * 13

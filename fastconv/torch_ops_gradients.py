@@ -72,8 +72,9 @@ def input_gradient(
         return parts[0](grad, weight, geometry.groups)
     gx = new_dense(geometry.x_shape, grad, layout)
     for part in parts:
-        inputs = (slice(i, None, s) for i, s in zip(part.start, geometry.stride, strict=True))
-        some = gx[(..., *inputs)]
+        some = gx
+        for axis, (first, step) in enumerate(zip(part.start, geometry.stride, strict=True), 2):
+            some = some[(slice(None),) * axis + (slice(first, None, step),)]
         if part.runner is None:
             some.zero_()
         else:
@@ -163,7 +164,10 @@ class Part:
             if before or after:
                 grad = grad.narrow(axis, before, grad.shape[axis] - before - after)
         plan = self.runner.plan
-        turned = turn(weight.detach()[(..., *self.taps)], groups)
+        weight = weight.detach()
+        for axis, taps in enumerate(self.taps, 2):
+            weight = weight[(slice(None),) * axis + (taps,)]
+        turned = turn(weight, groups)
         return self.runner(grad, pack(plan, turned), None)
 
 
@@ -197,7 +201,7 @@ def _convolutions(
         if any(a is None for a in axes):
             parts.append(Part(start))
             continue
-        taps, paddings, dilation = zip(*axes, strict=True)  # type: ignore[arg-type]
+        taps, paddings, dilation = zip(*axes, strict=True)
         crop = tuple((max(-a, 0), max(-b, 0)) for a, b in paddings)
         kept = [o - sum(c) for o, c in zip(geometry.out_size, crop, strict=True)]
         if min(kept) < 1:

@@ -119,7 +119,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weight, before = packed.view(tuple(ctx.size)), None
     arguments = (*ctx.arguments, ctx.backend, ctx.tolerance)
     if ctx.activation not in FROM_OUTPUT:
-        before = convolution(input, weight, *arguments, bias=bias)
+        before = convolution(input, weight, bias, *arguments)
         before = before if residual is None else before + residual
     grad = through_activation(ctx.activation, grad, output, before)
     found: list[Tensor | None] = [None] * 14

@@ -79,6 +79,8 @@ def _differentiable(
             ctx.needs = (*needs, *(False,) * (len(defaults) - len(needs)))
             return (None, *backward(ctx, grad)[: len(needs)])
 
+    apply: Callable[..., Tensor] = Gradient.apply  # type: ignore[attr-defined]
+
     def kernel(keyset: Any, *given: Any) -> Tensor:
         if forward_ad._current_level >= 0:
             _refuse_tangents(op, given)
@@ -86,8 +88,8 @@ def _differentiable(
         if _C.is_grad_enabled() and _C._any_requires_grad(*given):
             if _C._are_functorch_transforms_active():
                 with enable_single_level_autograd_function():
-                    return Gradient.apply(keys, *given)
-            return Gradient.apply(keys, *given)
+                    return apply(keys, *given)
+            return apply(keys, *given)
         if keys.raw_repr() in _PLAIN:
             return impl(*given)
         with _C._AutoDispatchBelowAutograd():

@@ -84,6 +84,8 @@ def is_plain(*tensors: Tensor | None) -> bool:
     asked for, nobody traces, transforms or watches, and no operator is needed for anything else."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
+    if torch._C._get_tracing_state() is not None:
+        return False
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
     first = tensors[0]

@@ -183,6 +183,21 @@ def test_views(view, backend):
     assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize("backend", CPU)
+def test_a_strided_bias_of_numpy(backend):
+    x, w, b = (normal(*s).numpy() for s in (X, W, (12,)))
+    got = fastconv.conv3d(x, w, b[::-2], backend=backend)
+    want = F.conv3d(*map(torch.from_numpy, (x, w, b[::-2].copy())))
+    torch.testing.assert_close(torch.from_numpy(got), want, rtol=1e-4, atol=1e-4)
+    weights = [normal(*s).numpy() for s in ((6, 4, 3, 1, 1), (6, 1, 1, 3, 3), (6, 6, 1, 1, 1))]
+    copies = [b[::2].copy()] * 3
+    got, want = (
+        fastconv.separable_block(x, *weights, biases, backend=backend)
+        for biases in ([b[::2]] * 3, copies)
+    )
+    assert (got == want).all()
+
+
 numpy_may_warn = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 
 

@@ -129,6 +129,35 @@ def convolve(x, w, b, r):
     return torch.ops.fastconv.conv(x, w, b, *steps, "relu", r)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_jit_trace_keeps_the_operator():
+    module = Layers().eval()
+    with torch.no_grad():
+        traced = torch.jit.trace(module, X, check_trace=False)
+        torch.testing.assert_close(traced(-X), module(-X), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own
+def test_a_compiled_optimiser_compiles_once():
+    """Counting its steps must not make PyTorch compile them again."""
+    module, graphs = fastconv.nn.Conv3d(4, 4, 3, groups=4), []
+    optimiser = torch.optim.SGD(module.parameters(), lr=0.01)
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    step = torch.compile(optimiser.step, backend=count)
+    for _ in range(3):
+        optimiser.zero_grad()
+        module(X).square().mean().backward()
+        step()
+        with torch.no_grad():
+            want = F.conv3d(X, module.weight, module.bias, groups=4)
+            torch.testing.assert_close(module(X), want, rtol=1e-4, atol=1e-4)
+    assert len(graphs) == 1
+
+
 DIMS = {
     "input": (0, None, None, None),
     "input and residual": (1, None, None, 0),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 
 import numpy as np
 import pytest
@@ -140,6 +141,17 @@ def test_weight_gradient_does_not_depend_on_threads(shape, monkeypatch):
         found.append(of_weight(c_module("grouped"), plan, *arrays))
     assert np.array_equal(found[0], found[1])
     assert np.array_equal(found[0], found[2])
+
+
+@needs_c
+@pytest.mark.parametrize("family", ["depthwise", "grouped"])
+def test_modules_have_the_shape_of_the_definition(family):
+    for name in ("supports", "workspace_size", "input_gradient", "weight_gradient"):
+        ours, definition = (
+            list(inspect.signature(getattr(module, name)).parameters)
+            for module in (c_module(family), gradients)
+        )
+        assert ours == definition, name
 
 
 @pytest.mark.parametrize(

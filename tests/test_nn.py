@@ -69,6 +69,25 @@ def test_module_training_step():
         close(ours(x), theirs(x))
 
 
+def test_copies_and_loaded_weights_are_packed_anew():
+    """What a module holds for its weights is not shared with a copy, and follows `load`."""
+    torch.manual_seed(0)
+    x, module = torch.randn(1, 8, 4, 6, 6), fastconv.nn.Conv3d(8, 8, 3, groups=8)
+    with torch.inference_mode():
+        before = module(x)
+        other = copy.deepcopy(module)
+        other.weight.mul_(2)
+        close(other(x), nn.functional.conv3d(x, other.weight, other.bias, groups=8))
+        assert torch.equal(module(x), before)
+    module.load_state_dict(other.state_dict())
+    with torch.no_grad():
+        assert torch.equal(module(x), other(x))
+        module.weight.data = torch.zeros_like(module.weight)
+        close(module(x), module.bias.view(1, -1, 1, 1, 1).expand(1, 8, 2, 4, 4))
+        module.half().float()
+        close(module(x), module.bias.view(1, -1, 1, 1, 1).expand(1, 8, 2, 4, 4))
+
+
 def test_module_says_what_is_wrong():
     with pytest.raises(
         GeometryError, match="weight expects 2 input channels per group, input has 3 channels"

@@ -20,7 +20,7 @@ def supports(geometry: Geometry, dtype: str) -> str | None:
     return launch.refuse_dtype(dtype)
 
 
-def input_gradient(plan, gy, w, gx, workspace) -> None:  # type: ignore[no-untyped-def]
+def input_gradient(plan, gy, w, gx, workspace) -> None:
     """Write the gradient of the input to gx (N, C, *in_size).
 
     plan      of the forward convolution

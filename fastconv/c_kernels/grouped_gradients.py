@@ -25,6 +25,6 @@ def supports(geometry: Geometry, dtype: str) -> str | None:
     return launch.refuse_dtype(dtype)
 
 
-def input_gradient(plan, gy, w, gx, workspace) -> None:  # type: ignore[no-untyped-def]
+def input_gradient(plan, gy, w, gx, workspace) -> None:
     """Raise UnsupportedError."""
     raise UnsupportedError("the input gradient of a grouped convolution is a convolution of gy")

@@ -84,10 +84,12 @@ class SeparableBlock(nn.Module):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """input (N, C, T, H, W), residual (N, K, OT, OH, OW) or None -> (N, K, OT, OH, OW)."""
-        stages = self._stages()
+        temporal, depthwise, pointwise = stages = self._stages()
         return ops.separable_block(
             input,
-            *(stage.weight for stage in stages),
+            temporal.weight,
+            depthwise.weight,
+            pointwise.weight,
             [stage.bias for stage in stages],
             self.activations,
             residual,
@@ -99,8 +101,9 @@ class SeparableBlock(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        sizes = [stage.weight.shape[0] for stage in self._stages()]
-        channels = f"{self.temporal.weight.shape[1]}, {sizes[0]}, {sizes[2]}"
+        temporal, _, pointwise = self._stages()
+        mid, inputs = temporal.weight.shape[:2]
+        channels = f"{inputs}, {mid}, {pointwise.weight.shape[0]}"
         return (
             f"{channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
             f"padding={self.padding!r}, activations={self.activations}"
