@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastconv.errors import GeometryError, UnsupportedError
+from fastconv.plan import Plan
 
 from .continual_clock import Clock, On
 from .continual_conv import Convolution
@@ -214,6 +215,12 @@ class Continual(nn.Module):
             for _, node in program.nodes:
                 if isinstance(node.op, Convolution):
                     node.op.forget()
+
+    def plans(self) -> list[Plan]:
+        """What the convolutions ran in eval mode for the frames so far, in their order."""
+        program = self._programs.get(False)
+        ops = [] if program is None else [node.op for _, node in program.nodes]
+        return [op.plan for op in ops if isinstance(op, Convolution) and op.plan is not None]
 
     # Slots.
 
