@@ -144,7 +144,7 @@ def _cox3d(model: Any, window: int) -> Any:
     linear = head.classifier
     classifier = nn.Conv3d(linear.in_features, linear.out_features, 1)  # frames keep their axes
     classifier.weight.data = linear.weight.data[:, :, None, None, None]
-    classifier.bias.data = linear.bias.data
+    classifier.bias = linear.bias
     return co.Sequential(
         each(stem.space),
         co.Conv3d.build_from(stem.time),
