@@ -13,6 +13,7 @@ from fastconv import backends, continual, ops, planner
 from fastconv.geometry import Geometry
 from fastconv.plan import CHANNELS_LAST, CONTIGUOUS, Plan
 
+from . import continual_networks
 from .contenders import Prepared, Settings, as_array, in_place, inputs, tensor
 from .problems import Problem
 from .torch_peers import forward_backward
@@ -30,6 +31,8 @@ class Choice:
 
 def prepare(problem: Problem, choice: Choice, settings: Settings) -> Prepared:
     """Raises UnsupportedError or BackendError with the reason if this choice cannot run."""
+    if problem.clip is not None:
+        return continual_networks.ours(problem, choice.backend, settings)
     if problem.case.kind == "networks":
         return _network(problem, choice, settings)
     if problem.case.kind == "streams":

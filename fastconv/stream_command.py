@@ -144,7 +144,9 @@ def _play(pool: StreamPool, paths: list[Path], args: argparse.Namespace) -> list
 
     expects = preprocessing_of(NETWORKS[args.network])
     keep = pool.model.receptive_field + pool.model.rate - 1
-    open_paths, players, live = list(enumerate(paths)), [], []
+    open_paths = list(enumerate(paths))
+    players: list[_Player] = []
+    live: list[_Player] = []
     table = _Table(sys.stdout.isatty())
     while live or open_paths:
         while open_paths and pool.free:

@@ -1,4 +1,4 @@
-"""Streams that share a network: they come, go and stall; lost, late and surplus frames by choice."""
+"""Streams that share a network: they come, go and stall; lost, late and surplus frames."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class _Layer(Continual):
         **kwargs: Any,
     ) -> None:
         nn.Module.__init__(self)
-        own = next(c for c in type(self).__mro__ if c.__module__.startswith("torch.nn"))
+        own: Any = next(c for c in type(self).__mro__ if c.__module__.startswith("torch.nn"))
         own.__init__(self, *args, **kwargs)
         self.start_mode, self.backend, self.form = start, backend, form
         self._forget()
@@ -250,11 +250,11 @@ class _Recurrent(_Layer):
         return graph.framewise(after, value, time=2, name="out")
 
 
-class ContinualLSTM(_Recurrent, nn.LSTM):
+class ContinualLSTM(_Recurrent, nn.LSTM):  # type: ignore[misc]  # forward takes a clip
     """`torch.nn.LSTM` over a stream: frames (N, features, ...) of one position give (N, hidden)."""
 
 
-class ContinualGRU(_Recurrent, nn.GRU):
+class ContinualGRU(_Recurrent, nn.GRU):  # type: ignore[misc]  # forward takes a clip
     """`torch.nn.GRU` over a stream: frames (N, features, ...) of one position give (N, hidden)."""
 
 

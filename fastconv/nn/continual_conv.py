@@ -77,6 +77,11 @@ class Convolution(Op):
         self._folded: tuple[Tensor, Tensor | None] | None = None
         self._ready: tuple[Any, Any, Callable[..., Tensor] | None] = (None, None, None)
 
+    @property
+    def plan(self) -> Plan | None:
+        """The plan of the last kind of frames; None before the first."""
+        return next(reversed(self._plans.values()), None)
+
     def forget(self) -> None:
         """The weights were written: fold anew."""
         self._folded = None

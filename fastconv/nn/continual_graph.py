@@ -225,7 +225,8 @@ def fused(graph: Graph) -> list[Node | None]:
         if node.kind != "convolution":
             continue
         assert isinstance(node.op, Convolution)
-        norm, residual, activation, place, taken = None, (), "none", number, [number]
+        norm, activation, place, taken = None, "none", number, [number]
+        residual: tuple[int, ...] = ()
         if (found := follower(place, ("norm",))) is not None:
             norm, place = graph.nodes[found].op.module, found  # type: ignore[attr-defined]
             taken.append(found)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastconv.errors import GeometryError, UnsupportedError
+from fastconv.plan import Plan
 
 from .continual_clock import Clock, On
 from .continual_conv import Convolution
@@ -143,6 +144,17 @@ class Continual(nn.Module):
     state lives in `start`ed slots, not in the state dict.
     """
 
+    _graph: Graph | None
+    _programs: dict[bool, Program]
+    _states: dict[str, State]
+    _seen: np.ndarray
+    _frame: Tensor | None
+    _example: Any
+    _device: torch.device | None
+    _torn: bool
+    _version: int
+    _tensors: list[Tensor] | None
+
     def __init__(self, *, start: str = "wait", backend: str = "auto", form: str = "ring") -> None:
         super().__init__()
         self.start_mode, self.backend, self.form = start, backend, form
@@ -214,6 +226,12 @@ class Continual(nn.Module):
             for _, node in program.nodes:
                 if isinstance(node.op, Convolution):
                     node.op.forget()
+
+    def plans(self) -> list[Plan]:
+        """What the convolutions ran in eval mode for the frames so far, in their order."""
+        program = self._programs.get(False)
+        ops = [] if program is None else [node.op for _, node in program.nodes]
+        return [op.plan for op in ops if isinstance(op, Convolution) and op.plan is not None]
 
     # Slots.
 
@@ -403,15 +421,12 @@ class Continual(nn.Module):
     # Bookkeeping.
 
     def _forget(self) -> None:
-        self._graph: Graph | None = None
-        self._programs: dict[bool, Program] = {}
-        self._states: dict[str, State] = {}
-        self._seen = np.zeros(0, np.int64)
-        self._frame: Tensor | None = None
-        self._example: Any = None
-        self._device: torch.device | None = None
+        """No graph, no state: all of it is made again when it is needed."""
+        self._graph, self._programs = None, {}
+        self._states, self._seen = {}, np.zeros(0, np.int64)
+        self._frame = self._example = self._device = None
         self._torn = False
-        self._version, self._tensors = -1, None  # type: int, list[Tensor] | None
+        self._version, self._tensors = -1, None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Another device or precision: weights are folded anew, slots are given up."""

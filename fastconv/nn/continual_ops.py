@@ -85,7 +85,8 @@ def rows(on: On) -> Tensor:
 
 def stacked(count: int, like: Tensor, fill: float = 0.0) -> Tensor:
     """(count, *like.shape), every entry in the memory layout of `like`."""
-    order = sorted(range(like.dim()), key=lambda i: -like.stride(i))
+    strides = like.stride()
+    order = sorted(range(like.dim()), key=lambda i: -strides[i])
     memory = like.new_full((count, *(like.shape[i] for i in order)), fill)
     return memory.permute(0, *(1 + order.index(i) for i in range(like.dim())))
 
@@ -353,7 +354,8 @@ class Recurrent(Op):
         y, memory = self.call(xs[0], self._memory([state[name] for name in self.names]))
         if not at.update:
             return y
-        for name, new in zip(self.names, memory if len(self.names) > 1 else (memory,), strict=True):
+        memories: Any = memory if len(self.names) > 1 else (memory,)
+        for name, new in zip(self.names, memories, strict=True):
             if on is True:
                 state[name].copy_(new.detach())
             else:

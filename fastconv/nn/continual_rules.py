@@ -55,10 +55,11 @@ def record(
     Raises UnsupportedError for what has no meaning in a stream.
     """
     kind = type(module)
-    if hasattr(module, "record"):
+    own_record: Any = getattr(module, "record", None)
+    if own_record is not None:
         graph.under.append(name)
         try:
-            return int(module.record(graph, value))
+            return int(own_record(graph, value))
         finally:
             graph.under.pop()
     if kind is nn.Sequential:

@@ -213,8 +213,8 @@ def cat(converter: Converter, node: fx.Node, xs: Sequence[Any], dim: int = 0) ->
         if not sum(counts):
             return frames[0]
         return framewise(converter, node, call, frames[0], time=time)
-    call = rules.concatenated if axis == 1 else partial(_cat_along, axis)
-    return framewise(converter, node, call, *same_rate(frames), time=time)
+    join: Callable[..., Tensor] = rules.concatenated if axis == 1 else partial(_cat_along, axis)
+    return framewise(converter, node, join, *same_rate(frames), time=time)
 
 
 def _cat_along(axis: int, *xs: Tensor) -> Tensor:
