@@ -79,20 +79,23 @@ def continual_step(
     """
     if state.stride != geometry.stride[0]:
         continual.check_state("continual_step", state, geometry, input)
+    arguments = (input, state.frames, state.steps, weight, bias, *_plain(geometry))
+    options |= {
+        "activation": activation,
+        "residual": residual,
+        "form": state.form,
+        "start": state.start,
+    }
     with torch.no_grad():
-        y: Tensor = torch.ops.fastconv.continual_step(
-            input,
-            state.frames,
-            state.steps,
-            weight,
-            bias,
-            *_plain(geometry),
-            activation=activation,
-            residual=residual,
-            form=state.form,
-            start=state.start,
-            **options,
-        )
+        y: Tensor
+        if torch.compiler.is_compiling():
+            # Inductor takes a clone of the state between two steps for the state itself.
+            y, frames, steps = torch.ops.fastconv.continual_step_functional(*arguments, **options)
+            if options["update_state"]:
+                state.frames.copy_(frames)
+                state.steps.copy_(steps)
+        else:
+            y = torch.ops.fastconv.continual_step(*arguments, **options)
     return y
 
 
