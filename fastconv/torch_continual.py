@@ -348,9 +348,9 @@ class Stepper:
             if plan.backend == "numba":
                 torch_ops_runner.follow_threads()
             arrays = map(torch_ops_packed.view, (x, bias, residual, frames, steps, y, active))
-            x, bias, residual, frames, steps, column, active = arrays
-            memory = State(frames, steps)
-            continual.run_step(plan, x, packed, bias, residual, memory, column, active, update)
+            x_, bias_, residual_, frames_, steps_, column, active_ = arrays
+            memory = State(frames_, steps_)
+            continual.run_step(plan, x_, packed, bias_, residual_, memory, column, active_, update)
         return y
 
 

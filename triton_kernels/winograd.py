@@ -171,7 +171,7 @@ def _direct(s: Schedule) -> Launch:
         sizes = (a.out * b.out, 1, first.size, a.size * b.size, 1)
         x_steps, y_steps = (b.x_step, 0), (b.y_step, 0)
     rows = s.geometry.batch * first.count * sizes[0] * sizes[1]
-    scalars = (0, rows, first.count, *sizes, *paddings, *strides)
+    scalars: tuple[int, ...] = (0, rows, first.count, *sizes, *paddings, *strides)
     scalars += (s.x_image, first.x_step, *x_steps, s.x_channel, first.out)
     scalars += (s.y_image, first.y_step, *y_steps, s.y_channel)
     scalars += (s.geometry.in_channels, s.geometry.out_channels, 0, 0)
@@ -188,6 +188,7 @@ def _products(s: Schedule, chunk: Chunk) -> Launch:
     else:  # pixels and tiles of the first axis are alike
         pixels, frames, pad, tiles = pixels * before, (1, 1), 0, 1
     rows = chunk.images * tiles * pixels
+    scalars: tuple[int, ...]
     scalars = (s.m_start(chunk), rows, tiles, pixels, 1, frames[0], pixels, 1, pad, 0, 0, 1, 1)
     v_plane, m_plane = pixels * s.depth, pixels * s.m_columns
     scalars += (frames[0] * v_plane, v_plane, s.depth, 0, 1, frames[1])
@@ -199,6 +200,7 @@ def _products(s: Schedule, chunk: Chunk) -> Launch:
 def _inputs(s: Schedule, chunk: Chunk) -> list[Launch]:
     rows, order = s.v_rows(chunk), s.axes
     transforms, strides = tuple(a.transform for a in order), tuple(a.stride for a in order)
+    scalars: tuple[int, ...]
     scalars = (rows, s.frames[0], chunk.rows, order[2].count, chunk.first_image, chunk.first_row)
     scalars += (*(a.size for a in order), *(a.pad for a in order), s.phase_depth)
     scalars += (s.geometry.in_channels, s.x_image, *(a.x_step for a in order), s.x_channel)
@@ -224,6 +226,7 @@ def _inputs(s: Schedule, chunk: Chunk) -> list[Launch]:
 def _outputs(s: Schedule, chunk: Chunk) -> list[Launch]:
     rows, order = s.m_rows(chunk), s.axes
     transforms = tuple(a.transform for a in order)
+    scalars: tuple[int, ...]
     scalars = (s.m_start(chunk), rows, s.frames[1], chunk.rows, order[2].count)
     scalars += (chunk.first_image, chunk.first_row, *(a.out for a in order), s.m_columns)
     scalars += (s.geometry.out_channels, s.y_image, *(a.y_step for a in order), s.y_channel)
