@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 from math import gcd, prod
 
 from ..geometry import Geometry
@@ -12,6 +13,8 @@ from . import depthwise_axes as axes
 from . import depthwise_source, emit, launch
 
 PROCESSORS = 132  # multiprocessors of an H100 or H200
+MOST_LIVE = 160  # numbers per thread that a tile may need at once
+MOST_WEIGHTS = 100  # weights times elements that a thread keeps
 MOST_AHEAD = 16  # elements per thread that are loaded before the first of them is used
 MOST_TAPS = 1000  # all are written out
 
@@ -113,42 +116,61 @@ def blocks(p: Pass) -> Blocks:
     """The plan's own choice, what it leaves open by rule.
 
     A tile of several outputs reads its halo once. Where neighbouring threads are neighbouring
-    columns, the L1 cache does that for the columns. Sums of all ages, and the weights, are kept for
-    each element, so that taps in time and space leave registers for fewer of them.
+    columns, the L1 cache does that for the columns. Taps in time and space leave registers for
+    fewer channels per thread, for sums of all ages and the weights are kept for each.
     """
     g, options = p.geometry, p.options
     flat, volume = g.kernel[1:] == (1, 1), g.kernel[0] > 1 and g.kernel[1:] != (1, 1)
+    elements = options.get("elements", 0)
+    if not elements:
+        elements = (2 if flat else 1) if not p.channels_last else 2 if volume else 4
+        while elements > 1 and (
+            live(p, elements, 1, 1) > MOST_LIVE
+            or (g.taps <= MOST_WEIGHTS and not held(p, elements))
+        ):
+            elements //= 2
     widest = 1
     if p.channels_last and p.multiplier == 1:
-        widest = gcd(g.out_channels, 16 // launch_bytes(p.plan.dtype))
-    vector = min(widest, options.get("vector", 2 if volume else 4))
-    few = (2 if flat else 1) if not p.channels_last else 2 if volume else 4
-    elements = max(vector, options.get("elements", few))
-    rows = 1 if flat else _tile(p, 1, 4)
-    columns = _tile(p, 2, 2) if volume and p.channels_last else 1
+        widest = gcd(g.out_channels, 16 // (4 if p.plan.dtype == "float32" else 2))
+    vector = min(widest, options.get("vector", elements))
+    tile = (1, 1)
+    if not flat and held(p, elements):
+        tiles = product(range(1, 5), range(1, 3) if volume and p.channels_last else (1,))
+        fitting = [t for t in tiles if live(p, elements, *t) <= MOST_LIVE]
+        tile = min(fitting, key=lambda t: (work(p, *t), -prod(t)), default=tile)
     return Blocks(
         vector,
-        elements,
-        options.get("rows", rows),
-        options.get("columns", columns),
+        max(vector, elements),
+        options.get("rows", tile[0]),
+        options.get("columns", tile[1]),
         options.get("warps", 4),
         options.get("registers", 0),
     )
 
 
-def launch_bytes(dtype: str) -> int:
-    return 4 if dtype == "float32" else 2
+def held(p: Pass, elements: int) -> bool:
+    """Whether a thread keeps the weights in registers."""
+    several = p.channels == depthwise_source.SEVERAL_INPUTS
+    return not several and p.geometry.taps * elements <= p.options.get("held", MOST_WEIGHTS)
 
 
-def _tile(p: Pass, axis: int, most: int) -> int:
-    """Outputs of a tile along an axis: little waste at the end and few inputs per output."""
-    g, extent = p.geometry, p.written_shape[2 + axis]
+def live(p: Pass, elements: int, rows: int, columns: int) -> int:
+    """Numbers that a thread keeps in registers at once: sums, a step's inputs and weights."""
+    time = p.stream()[0]
+    height, width = p.axis(1, rows)[0], p.axis(2, columns)[0]
+    sums = time.ring * time.outs * height.outs * width.outs
+    inputs = len(time.frames) * len(height.positions) * len(width.positions)
+    weights = p.geometry.taps if held(p, elements) else 0
+    return elements * (sums + inputs + weights)
 
-    def cost(outs: int) -> float:
-        inputs = g.span[axis] + (outs - 1) * (1 if p.backward else g.stride[axis])
-        return -(-extent // outs) * (2 * outs + inputs)
 
-    return min(range(1, most + 1), key=lambda outs: (cost(outs), -outs))
+def work(p: Pass, rows: int, columns: int) -> float:
+    """A measure of work: outputs, those beyond the end too, and what their tiles read."""
+    total = 1.0
+    for axis, outs in ((1, rows), (2, columns)):
+        tile, tiles, *_ = p.axis(axis, outs)
+        total *= tiles * (2 * tile.outs + len(tile.positions))
+    return total
 
 
 def structure(p: Pass, b: Blocks) -> depthwise_source.Structure:
@@ -157,12 +179,11 @@ def structure(p: Pass, b: Blocks) -> depthwise_source.Structure:
     time = p.stream()[0]
     height, width = p.axis(1, b.rows)[0], p.axis(2, b.columns)[0]
     several = p.channels == depthwise_source.SEVERAL_INPUTS
-    held = not several and prod(g.kernel) * b.elements <= p.options.get("held", 64)
     unrolled = p.options.get("unroll", int(g.kernel[1:] == (1, 1))) and not several
     unroll = time.ring if unrolled else 1
     written = unroll * len(time.frames) * len(height.positions)
     row = len(width.positions) * b.elements
-    ahead = p.options.get("ahead", max(1, MOST_AHEAD // row))
+    ahead = p.options.get("ahead", max(2, MOST_AHEAD // row))
     return depthwise_source.Structure(
         time=time,
         height=height,
@@ -172,7 +193,7 @@ def structure(p: Pass, b: Blocks) -> depthwise_source.Structure:
         channels_last=p.channels_last,
         channels=p.channels,
         backward=p.backward,
-        hold=held,
+        hold=held(p, b.elements),
         unroll=unroll,
         ahead=0 if several else min(written, ahead),
         wide=wide(p, b),
