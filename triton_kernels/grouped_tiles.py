@@ -145,7 +145,7 @@ def grouped_tiles(
              KT, KH, KW, DT, DH, DW, VT, VH, VW, GT, CG, CI_BLOCKS, False, BLOCK_P, BLOCK_CI,
              BLOCK_CO, LAST, PADDED, FLAT, RAGGED, ALIGN, PRECISION, WIDENED)  # fmt: skip
     if GT > 1:
-        bad = tl.max(tl.max((z != z).to(tl.int32), 1), 0)
+        bad = tl.max((z != z).to(tl.int32))
         if bad > 0:
             for group in range(GT):
                 own = sum_of_products(x_ptr, w_ptr, n, t, h, w, inside, group, first, in_t, in_h,
@@ -262,6 +262,8 @@ def cut(
         while pixels > 32 and _programs(g, each, pixels, outputs) < wanted:
             pixels //= 2
     large = pixels * outputs >= 128 * (64 if dtype == "float32" else 128)
+    if dtype == "float32" and pixels * outputs >= 128 * 128 and "inputs" not in given:
+        inputs = 16  # three products at once: their operands fill the registers
     return Tiles(
         g,
         dtype,
@@ -277,9 +279,9 @@ def cut(
     )
 
 
-def groups_of_a_tile(g: Gather) -> int:
-    """Groups that fill the depth of a product, a divisor of their number if that is not far."""
-    most = max(1, min(SHARED_CHANNELS // g.inputs, 64 // g.outputs, g.groups))
+def groups_of_a_tile(g: Gather, channels: int = SHARED_CHANNELS) -> int:
+    """Groups of at most so many inputs, a divisor of their number if that is not far."""
+    most = max(1, min(channels // g.inputs, 4 * channels // g.outputs, g.groups))
     divisor = max(d for d in range(1, most + 1) if g.groups % d == 0)
     return divisor if 2 * divisor > most else most
 
