@@ -149,6 +149,7 @@ def aliases(x, frames, steps, w):
 COMPILERS = ["eager", "aot_eager", *(["inductor"] if shutil.which("c++") else [])]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler by itself
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_compiled_steps_write_the_state_that_others_see(compiler):
     x, w = tensors((2, 4, 5, 6), (6, 4, 3, 3, 3))
