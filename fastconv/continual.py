@@ -138,10 +138,11 @@ def continual_state(
             form = "sum" if prod(sums) * ELEMENT_BYTES[wide] < bytes_of_frames else "ring"
         shape = sums if form == "sum" else frames
     dtype = wide if form == "sum" else dtype
+    memory: Any
+    steps: Any
     if tensor:
         from . import torch_continual
 
-        memory: Any
         memory, steps = torch_continual.new_state(shape, input, dtype)
     else:
         memory, steps = ops.empty(shape, dtype, layout_of(input)), np.zeros(shape[0], np.int64)
