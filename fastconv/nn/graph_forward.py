@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .fold import DTYPES
 from .graph import UntraceableError, hooked, record
 from .graph_program import Options, Program
+from .graph_steps import DTYPES
 
 MAX_PROGRAMS = 16  # input shapes with memory and packed weights of their own; others run modules
 _TRAINING, _VERSION = attrgetter("training"), attrgetter("_version")

@@ -15,9 +15,9 @@ from fastconv.autotune import tune_request
 from fastconv.errors import UnsupportedError
 
 from .conv import Conv1d, Conv2d, Conv3d
-from .fold import Block, Conv, Other
 from .graph_forward import Forward, forwards, install
 from .graph_program import Options, Work
+from .graph_steps import Block, Conv, Other
 from .report import NETWORK_MARGIN, Replacement, Report, describe, distance
 from .trace import Layer, call_converted, trace
 
