@@ -133,8 +133,10 @@ class _Folder:
                 continue
             for x, gate in (pair, pair[::-1]):
                 maker = makers.get(gate)
-                same = isinstance(maker, Blend) and maker.parts == {"activation"} and maker.x is x
-                if same and maker.activation == "sigmoid" and is_plain(step.outputs[0]):
+                if not isinstance(maker, Blend) or maker.parts != {"activation"}:
+                    continue
+                known = maker.activation == "sigmoid" and is_plain(step.outputs[0])
+                if maker.x is x and known:
                     self.steps[i] = Blend(x, step.outputs[0], activation="silu")
                     if users[gate] == 1:
                         gone.append(maker)
@@ -224,9 +226,9 @@ def _separable(stages: tuple[Conv, Conv, Conv]) -> SeparableGeometry | None:
         return None
     stride = (gs[0].stride[0], *gs[1].stride[1:])
     padding = (gs[0].padding[0], *gs[1].padding[1:])
-    shapes = [g.w_shape for g in gs]
+    temporal, depthwise, pointwise = (g.w_shape for g in gs)
     try:
-        found = SeparableGeometry.of(gs[0].x_shape, *shapes, stride, padding)
+        found = SeparableGeometry.of(gs[0].x_shape, temporal, depthwise, pointwise, stride, padding)
     except GeometryError:
         return None
     return found if list(found.stages) == gs else None

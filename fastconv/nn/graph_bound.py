@@ -201,8 +201,10 @@ class Bound:
 
         def enter() -> None:
             x = env[place]
-            contiguous = turn is not None and x.is_contiguous() and x.stride(1) != 1
-            env[to] = turn(x) if contiguous else torch_ops.dense(x, CHANNELS_LAST)
+            if turn is not None and x.is_contiguous() and x.stride(1) != 1:
+                env[to] = turn(x)
+            else:
+                env[to] = torch_ops.dense(x, CHANNELS_LAST)
 
         self._calls.append(enter)
         return to
@@ -252,6 +254,7 @@ class Bound:
     def _add_conv(self, work: Work) -> None:
         step, plan = work.step, work.plan
         assert plan is not None
+        assert isinstance(step, (Conv, Block))
         last = step if isinstance(step, Conv) else step.stages[2]
         x, residual = step.inputs[0], last.residual
         if work.in_c:
@@ -266,20 +269,19 @@ class Bound:
             self._call(_fc_run(), c_plan, given, weights, *addresses, *tail)
             return
         runner, env = torch_ops.runner(plan), self._env
-        places = [self._tensor_of(v) for v in (x, residual)]
+        source = self._tensor_of(x)
+        other = None if residual is None else self._tensor_of(residual)
         to, shape = self._place(last.y), last.y.shape
         packed, bias, x_shape = work.packed, work.bias, plan.geometry.x_shape
 
         def run() -> None:
-            given, added = (None if p is None else p() for p in places)
-            env[to] = runner(given.reshape(x_shape), packed, bias, added).reshape(shape)
+            added = None if other is None else other()
+            env[to] = runner(source().reshape(x_shape), packed, bias, added).reshape(shape)
 
         self._calls.append(run)
 
-    def _tensor_of(self, value: Value | None) -> Callable[[], Tensor] | None:
+    def _tensor_of(self, value: Value) -> Callable[[], Tensor]:
         """What gives the tensor of a value at run time."""
-        if value is None:
-            return None
         tensor, env = self._tensors.get(value), self._env
         if tensor is not None:
             return lambda: tensor
@@ -328,7 +330,7 @@ class Bound:
         to = self._place(step.outputs[0])
 
         def run() -> None:
-            env[to] = function(*(source() for source in sources))  # type: ignore[misc]
+            env[to] = function(*(source() for source in sources))
 
         self._calls.append(run)
 
@@ -350,7 +352,7 @@ class Bound:
         memory = self._memory.untyped_storage().data_ptr()
 
         def tensor(v: Value) -> Tensor:
-            t = sources[v]()  # type: ignore[misc]
+            t = sources[v]()
             if opaque and t.untyped_storage().data_ptr() == memory:
                 t = t.clone()
             return t.contiguous() if opaque and contiguous else t

@@ -55,13 +55,13 @@ class Forward:
     def modules(self) -> Callable[..., Any]:
         """The forward that runs the modules one by one."""
         if self._own is not None:
-            return self._own  # type: ignore[no-any-return]
+            return self._own
         return functools.partial(type(self.module).forward, self.module)
 
     @property
     def __code__(self) -> Any:
         """That of the class's forward: `torch.export` looks at it."""
-        return type(self.module).forward.__code__  # type: ignore[attr-defined]
+        return type(self.module).forward.__code__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         program = self._program(args) if not kwargs and _can_run(args) else None

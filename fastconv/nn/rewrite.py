@@ -90,7 +90,8 @@ def accelerate(
     factor = max((row.error_factor for row in rows), default=1.0)
     errors = distance(got, exact), distance(want, exact)
     roundoff = max((torch.finfo(t.dtype).eps for t in want if t.is_floating_point()), default=0.0)
-    report = Report(rows, max(factor, 1.0), *errors, roundoff, last, *_left(new, args))
+    traced, stays, others = _left(new, args)
+    report = Report(rows, max(factor, 1.0), *errors, roundoff, last, traced, stays, others)
     if check:
         _refuse_beyond(report, mirrored)
     return new, report
@@ -212,10 +213,10 @@ class _Rows:
 
     def _note(self, work: Work, prefix: str, ms: float | None) -> None:
         step, plan = work.step, work.plan
+        if not isinstance(step, (Conv, Block)) or plan is None:
+            return
         stages = step.stages if isinstance(step, Block) else (step,)
         for stage in stages:
-            if not isinstance(stage, Conv) or plan is None:
-                continue
             name, whole = prefix + stage.name, f"the block that ends with {stages[-1].name}"
             fused = tuple(stage.fused) if len(stages) == 1 else (*stage.fused, whole)
             last = stage is stages[-1]
