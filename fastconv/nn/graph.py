@@ -24,7 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .conv import Conv1d, Conv2d, Conv3d
 
-OURS: dict[type[nn.Module], type[nn.Module]] = {
+OURS: dict[type[nn.Module], Any] = {
     Conv1d: nn.Conv1d,
     Conv2d: nn.Conv2d,
     Conv3d: nn.Conv3d,
@@ -40,6 +40,8 @@ WHOLE = frozenset(
         *("chunk", "contiguous", "flatten", "pad", "reshape", "to"),
     )
 )
+# One at a time: a recording changes methods of modules that others may share.
+_recording = threading.RLock()
 _ESCAPES = frozenset({"numpy", "__array__", "tolist", "data_ptr", "__dlpack__", "storage"})
 
 
@@ -74,7 +76,7 @@ class Operation:
     aliases       the result may share memory with an argument
     """
 
-    target: Callable[..., Any]
+    target: Any  # an OpOverload or a Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     result: Any
@@ -146,7 +148,7 @@ def record(model: nn.Module, forward: Callable[..., Any], args: Sequence[Tensor]
     while True:
         recorder = _Recorder(model, names, stays)
         try:
-            with torch.inference_mode():
+            with _recording, torch.inference_mode():
                 return recorder.run(forward, args)
         except Exception as error:
             culprit = _innermost(error.__traceback__, names)
@@ -303,7 +305,8 @@ class _Recorder(TorchDispatchMode):
         self.operations.append(
             Operation(
                 func,
-                *sources,
+                sources[0],
+                sources[1],
                 tree_map(self._source, result),
                 self._home(reads),
                 written,
@@ -317,9 +320,11 @@ class _Recorder(TorchDispatchMode):
         names = [s.name for s in reads if isinstance(s, Ref) and s.name]
         return names[0].rpartition(".")[0] if names else ""
 
-    def call_whole(self, module: nn.Module, normal: Callable[..., Any], *args: Any, **kwargs: Any):
+    def call_whole(
+        self, module: nn.Module, normal: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
         """Call a module that stays as it is, and note it."""
-        sources = tree_map(self._source, (args, kwargs))
+        sources: tuple[Any, Any] = tree_map(self._source, (args, kwargs))
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         self.paused, self._touched = True, set()
         try:
@@ -332,7 +337,8 @@ class _Recorder(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 self._new(leaf)  # also where an argument itself came back
         noted = tree_map(self._source, result)
-        self.operations.append(Operation(module, *sources, noted, self.names[module], aliases=True))
+        name = self.names[module]
+        self.operations.append(Operation(module, *sources, noted, name, aliases=True))
         return result
 
     @contextmanager

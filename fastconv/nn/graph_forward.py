@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from fastconv import torch_ops
 
-from .fold import DTYPES
 from .graph import UntraceableError, hooked, record
 from .graph_program import Options, Program
+from .graph_steps import DTYPES
 
 MAX_PROGRAMS = 16  # input shapes with memory and packed weights of their own; others run modules
 _TRAINING, _VERSION = attrgetter("training"), attrgetter("_version")
@@ -33,9 +33,9 @@ class Forward:
 
     The modules run one by one, as PyTorch would run them, in training mode, where a gradient may be
     asked for, under autocast, compiling and tracing, for other arguments than tensors of one device
-    in a precision that kernels there know, when hooks were added, and where the module cannot be
-    recorded; then this is tried for its children. Programs are made again when a parameter or
-    buffer was replaced or written.
+    in a precision that kernels there know, when hooks were added, and where the module cannot be recorded; then this is
+    tried for its children. Programs are made again when a parameter or buffer was replaced or
+    written.
 
     contiguous  modules that stay as they are get contiguous arguments
     """
@@ -57,13 +57,13 @@ class Forward:
     def modules(self) -> Callable[..., Any]:
         """The forward that runs the modules one by one."""
         if self._own is not None:
-            return self._own  # type: ignore[no-any-return]
+            return self._own
         return functools.partial(type(self.module).forward, self.module)
 
     @property
     def __code__(self) -> Any:
         """That of the class's forward: `torch.export` looks at it."""
-        return type(self.module).forward.__code__  # type: ignore[attr-defined]
+        return type(self.module).forward.__code__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         program = self._program(args) if not kwargs and _can_run(args) else None

@@ -15,9 +15,9 @@ from fastconv.autotune import tune_request
 from fastconv.errors import UnsupportedError
 
 from .conv import Conv1d, Conv2d, Conv3d
-from .fold import Block, Conv, Other
 from .graph_forward import Forward, forwards, install
 from .graph_program import Options, Work
+from .graph_steps import Block, Conv, Other
 from .report import NETWORK_MARGIN, Replacement, Report, describe, distance
 from .trace import Layer, call_converted, trace
 
@@ -90,7 +90,8 @@ def accelerate(
     factor = max((row.error_factor for row in rows), default=1.0)
     errors = distance(got, exact), distance(want, exact)
     roundoff = max((torch.finfo(t.dtype).eps for t in want if t.is_floating_point()), default=0.0)
-    report = Report(rows, max(factor, 1.0), *errors, roundoff, last, *_left(new, args))
+    traced, stays, others = _left(new, args)
+    report = Report(rows, max(factor, 1.0), *errors, roundoff, last, traced, stays, others)
     if check:
         _refuse_beyond(report, mirrored)
     return new, report
@@ -212,10 +213,10 @@ class _Rows:
 
     def _note(self, work: Work, prefix: str, ms: float | None) -> None:
         step, plan = work.step, work.plan
+        if not isinstance(step, (Conv, Block)) or plan is None:
+            return
         stages = step.stages if isinstance(step, Block) else (step,)
         for stage in stages:
-            if not isinstance(stage, Conv) or plan is None:
-                continue
             name, whole = prefix + stage.name, f"the block that ends with {stages[-1].name}"
             fused = tuple(stage.fused) if len(stages) == 1 else (*stage.fused, whole)
             last = stage is stages[-1]
