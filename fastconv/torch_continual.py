@@ -335,8 +335,8 @@ class Stepper:
         if plan.backend == "c":
             x = torch_ops.dense(x, layout)
             residual = torch_ops.dense(residual, layout)
-            scratch = ops.workspace(packed.workspace_size(), _FLOAT32)
-            packed.step(x, bias, residual, frames, steps, y, scratch, active, update)
+            workspace = ops.workspace(packed.workspace_size(), _FLOAT32)
+            packed.step(x, bias, residual, frames, steps, y, workspace, active, update)
         elif plan.backend in torch_ops.ON_TENSORS:
             with torch.no_grad():
                 x, residual = torch_ops.dense(x, layout), torch_ops.dense(residual, layout)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from fastconv import torch_ops
+from fastconv import backends, torch_ops
 from fastconv.plan import CHANNELS_LAST, Plan, Request
 
 from .graph import Operation, Ref, Value

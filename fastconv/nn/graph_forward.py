@@ -33,9 +33,9 @@ class Forward:
 
     The modules run one by one, as PyTorch would run them, in training mode, where a gradient may be
     asked for, under autocast, compiling and tracing, for other arguments than tensors of one device
-    in a precision that kernels there know, when hooks were added, and where the module cannot be recorded; then this is
-    tried for its children. Programs are made again when a parameter or buffer was replaced or
-    written.
+    in a precision that kernels there know, when hooks were added, and where the module cannot be
+    recorded; then this is tried for its children. Programs are made again when a parameter or
+    buffer was replaced or written.
 
     contiguous  modules that stay as they are get contiguous arguments
     """

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from fastconv import backends, ops, planner
+from fastconv import backends, ops, planner, torch_ops
 from fastconv.plan import Plan, Request
 
 from .graph_steps import Conv, Norm
@@ -104,6 +104,6 @@ def folded(conv: Conv) -> tuple[Tensor, Tensor | None]:
 
 
 def pack(plan: Plan, weights: Any) -> Any:
-    if plan.backend == "torch":
+    if plan.backend in torch_ops.ON_TENSORS:
         return ops.pack(plan, weights)
     return ops.pack(plan, tree_map(lambda w: w.numpy(), weights))

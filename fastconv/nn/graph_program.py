@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastconv import backends
+from fastconv import backends, torch_ops
 from fastconv.epilogue import Epilogue
 from fastconv.plan import CHANNELS_LAST, Plan, Request
 
