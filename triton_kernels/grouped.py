@@ -19,13 +19,15 @@ CONFIGS: tuple[dict[str, int], ...] = (
     {},
     {"form": TILES},
     {"form": TILES, "pixels": 64},
-    {"form": TILES, "pixels": 256},
     {"form": TILES, "outputs": 64},
     {"form": TILES, "ieee": 1},
     {"form": LANES},
     {"form": LANES, "times": 2},
-    {"form": LANES, "times": 2, "columns": 8},
-    {"form": LANES, "warps": 8},
+    {"form": LANES, "times": 8, "held": 2},
+    {"form": LANES, "lanes": 128},
+    {"form": FRAMES},
+    {"form": FRAMES, "pixels": 128},
+    {"form": FRAMES, "stages": 1},
 )
 FEW = 17  # channels per group below which tiles waste tensor cores
 BUSY = 1 << 18  # outputs from which the other forms are worth it

@@ -190,7 +190,7 @@ def cut(
     """The tiles of a weight gradient; options: 'weight_pixels', 'weight_columns'."""
     g, given = gather, dict(options)
     each = max(1, min(16 // g.inputs, 16 // g.outputs, g.groups))
-    inputs = max(16, min(64, power_of_two(each * g.inputs)))
+    inputs = max(16, min(64 if last else 32, power_of_two(each * g.inputs)))
     outputs = max(16, min(64, power_of_two(each * g.outputs)))
     columns = given.get("weight_columns", 128 if last else 64)
     columns = max(inputs, min(columns, power_of_two(g.taps * inputs)))
