@@ -15,6 +15,7 @@ from ..transforms import Transform, transform
 MOST_SUMS = 6  # accumulators of a product: more points on its axis do not fit the registers
 MEGABYTE = 1 << 20
 SHARED_BYTES = 152 << 10  # for operands: an A100 has 163 KB, and some is needed behind the sums
+TENSOR_COLUMNS = 400  # of the 512 of a B200, whose left operands take some too
 ITEM = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -210,7 +211,8 @@ def sums(axis: Axis) -> int:
 def _product(s: Schedule) -> Product:
     """Blocks as measured on an H200: small ones where there are many sums, several per processor.
 
-    None has more than 128 registers of sums per thread, or more shared memory than an A100.
+    None has more than 128 registers of sums per thread, more shared memory than an A100, or more
+    tensor memory than a B200, where each `tl.dot` of a step gets a piece of its own.
     """
     count = sums(s.axes[0]) if s.fused else 1
     options, channels = s.plan.options, s.geometry.out_channels
@@ -230,7 +232,9 @@ def _product(s: Schedule) -> Product:
 
     def fits() -> bool:
         step = s.alpha * depth * (rows + s.parts * columns) * ITEM[s.plan.dtype]
-        return count * rows * columns <= 128 * 32 * warps and (stages - 1) * step <= SHARED_BYTES
+        if count * rows * columns > 128 * 32 * warps or (stages - 1) * step > SHARED_BYTES:
+            return False
+        return s.alpha * (2 * s.parts - 1) * columns <= TENSOR_COLUMNS
 
     while columns > 16 and not fits():
         columns //= 2
