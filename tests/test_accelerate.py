@@ -650,3 +650,21 @@ def test_the_zoo(name):
     assert report.traced
     assert report.stays == ()
     close(run(new, x), run(model, x))
+
+
+VIDEO = {"r3d_18": 8, "mc3_18": 8, "r2plus1d_18": 8, "swin3d_t": 4}
+
+
+@pytest.mark.parametrize("name", VIDEO)
+def test_torchvisions_networks(name):
+    try:
+        from torchvision.models import video
+    except (ImportError, RuntimeError) as error:  # built for another PyTorch
+        pytest.skip(f"torchvision: {error}")
+    torch.manual_seed(11)
+    model = randomized(getattr(video, name)(weights=None))
+    x = torch.randn(1, 3, VIDEO[name], 48, 48)
+    new, report = fastconv.accelerate(model, x, check=False)
+    assert report.traced
+    assert all(layer.plan is not None for layer in report.layers)
+    close(run(new, x), run(model, x))
