@@ -18,10 +18,11 @@ from .plan import CHANNELS_LAST, Plan
 START_MS = 0.003  # of one kernel
 BYTES = 4000.0  # per nanosecond, read and written
 PEAK = {"ieee": 21700.0, "tf32": 190e3, "float16": 360e3, "bfloat16": 360e3, "float64": 10e3}
-# PyTorch's depthwise kernel knows one layout, and 3x3x3 best; the other layout is copied.
-TORCH_DEPTHWISE, TORCH_DEPTHWISE_GENERAL, TORCH_LAYOUT_BYTES = 1400.0, 700.0, 170.0
+# PyTorch's depthwise kernel takes a thread per output, whatever the taps, and knows one layout; the
+# other is copied.
+TORCH_DEPTHWISE_OUTPUTS, TORCH_LAYOUT_BYTES = 52.0, 200.0
 # cuDNN wastes most of its tiles on small groups: multiplications per input channel of a group.
-TORCH_GROUP = {"ieee": 350.0, "tf32": 650.0, "float16": 1500.0, "bfloat16": 1500.0}
+TORCH_GROUP = {"ieee": 330.0, "tf32": 650.0, "float16": 1000.0, "bfloat16": 1000.0}
 FEW_CHANNELS = 128  # below as many output channels, or where they are no multiple, tiles are padded
 MEMORY_SHARE = 0.8  # of the copy's speed that PyTorch's element-wise and pointwise kernels reach
 
@@ -59,8 +60,7 @@ def _torch(plan: Plan) -> float:
     memory = moved / (MEMORY_SHARE * BYTES)
     copies = 0.0
     if geometry.is_depthwise and geometry.groups > 1:
-        usual = geometry.kernel == (3, 3, 3)
-        compute = geometry.macs / (TORCH_DEPTHWISE if usual else TORCH_DEPTHWISE_GENERAL)
+        compute = prod(geometry.y_shape) / TORCH_DEPTHWISE_OUTPUTS
         if plan.layout == CHANNELS_LAST:
             copies = moved / TORCH_LAYOUT_BYTES
     elif geometry.groups > 1:
@@ -100,17 +100,14 @@ def stages(plan: Plan) -> list[Plan]:
 
 # Ours. Multiplications per nanosecond where arithmetic decides, and the share of the copy's speed
 # where memory does.
-DEPTHWISE = {"ieee": 10e3, "tf32": 10e3, "float16": 10e3, "bfloat16": 10e3}
-DEPTHWISE_SHARE = 0.85
-GROUPED = {"ieee": 9e3, "tf32": 20e3, "float16": 30e3, "bfloat16": 30e3}
+DEPTHWISE, DEPTHWISE_SHARE = 6.5e3, 0.75
+GROUPED = {"ieee": 8.5e3, "tf32": 9e3, "float16": 8e3, "bfloat16": 8e3}
 DENSE = {"ieee": 17e3, "tf32": 60e3, "float16": 150e3, "bfloat16": 150e3}
-WINOGRAD = {"ieee": 18e3, "tf32": 45e3, "float16": 90e3, "bfloat16": 90e3}
 DENSE_SHARE = 0.75
-STAGE_BYTES = 2500.0  # per nanosecond of V and M, which partly stay in the L2 cache
 
 
 def _depthwise(plan: Plan) -> float:
-    compute = plan.geometry.macs / DEPTHWISE[precision(plan)]
+    compute = plan.geometry.macs / DEPTHWISE
     return max(compute, _moved(plan) / (DEPTHWISE_SHARE * BYTES)) / 1e6 + START_MS
 
 
@@ -124,25 +121,10 @@ def _grouped(plan: Plan) -> float:
 
 
 def _winograd(plan: Plan) -> float:
-    """The products of all points, and V and M written and read once where they are stored."""
-    geometry, transforms = plan.geometry, plan.transforms
-    assert isinstance(geometry, Geometry)
-    tiles = prod(-(-o // t.m) for o, t in zip(geometry.out_size, transforms, strict=True))
-    # The axis with most points is transformed by the product itself.
-    largest = max(transforms, key=lambda t: t.alpha)
-    stored = geometry.batch * tiles * prod(t.alpha for t in transforms)
-    phases = prod(geometry.stride)
-    item = ELEMENT_BYTES[plan.dtype]
-    v = stored / largest.alpha * (largest.m + 0.5) * geometry.in_channels * phases * item
-    m = stored / largest.alpha * largest.m * geometry.out_channels * 4
-    staged = sum(t.alpha > 1 for t in transforms) > 1
-    rate = WINOGRAD[precision(plan)] * tile_share(geometry.out_channels)
-    compute = of_plan(plan).multiplications / rate
-    through = 2 * (v + m) / STAGE_BYTES if staged else 0.0
-    moved = _moved(plan) / (DENSE_SHARE * BYTES)
-    if not staged:
-        return max(float(compute), moved) / 1e6 + START_MS
-    return (float(compute) + through + moved) / 1e6 + 3 * START_MS
+    """The kernels' own estimate, which knows their blocks."""
+    from .triton_kernels import winograd_cost
+
+    return winograd_cost.estimate_ms(plan)
 
 
 def _hfa(plan: Plan) -> float:
@@ -151,7 +133,7 @@ def _hfa(plan: Plan) -> float:
     time = plan.transforms[0]
     saving = time.m * time.r / time.alpha
     compute = temporal.geometry.macs / saving + pointwise.geometry.macs
-    products = compute / DENSE[precision(plan)] + depthwise.geometry.macs / DEPTHWISE["ieee"]
+    products = compute / DENSE[precision(plan)] + depthwise.geometry.macs / DEPTHWISE
     y_bytes = [prod(s.geometry.y_shape) * ELEMENT_BYTES[plan.dtype] for s in (temporal, pointwise)]
     moved = _moved(temporal) + y_bytes[0] + y_bytes[1]
     return max(products, moved / (DENSE_SHARE * BYTES)) / 1e6 + 2 * START_MS

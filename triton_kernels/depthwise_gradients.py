@@ -212,7 +212,7 @@ def _first_stage(plan: Plan, splits: int) -> launch.Launch:
         *(e // share.vector for e in strides(g.y_shape, last)),
     )
     return launch.Launch(
-        kernel=emit.kernel(weight_source.source(s), weight_source.INTEGERS),
+        kernel=emit.kernel(weight_source.source(s), general=weight_source.INTEGERS),
         programs=splits * share.blocks * prod(share.shared),
         arrays=("x", "gy", "partial"),
         scalars=scalars,

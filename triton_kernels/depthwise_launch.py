@@ -265,7 +265,7 @@ def kernel_launch(p: Pass, arrays: tuple[str, ...]) -> launch.Launch:
         "HAS_RESIDUAL": s.residual,
     }
     return launch.Launch(
-        kernel=emit.kernel(depthwise_source.source(s), depthwise_source.INTEGERS),
+        kernel=emit.kernel(depthwise_source.source(s), general=depthwise_source.INTEGERS),
         programs=lane_blocks * chunks,
         arrays=arrays,
         scalars=(

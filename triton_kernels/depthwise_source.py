@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 from . import emit
 from .depthwise_axes import Axis, Stream
@@ -226,7 +227,8 @@ def _walk(s: Structure) -> Iterator[str]:
     if s.channels == SEVERAL_INPUTS:
         yield from _sum_of_inputs(s)
         return
-    order, begun = _order(s), set()
+    order = _order(s)
+    begun: set[Any] = set()
     for q, (step, frame, row) in enumerate(order):
         later = q + s.ahead
         load = list(_load(s, later, first=q == 0))

@@ -135,3 +135,8 @@ def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 def power_of_two(n: int) -> int:
     """The smallest power of two that is at least n: sizes of blocks are such."""
     return 1 << max(0, n - 1).bit_length()
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels."""
+    return bool(triton.knobs.runtime.interpret)
