@@ -128,11 +128,12 @@ def test_every_config_is_exact_on_integers(config):
     assert_rounded_once(run(plan, x, w), exact(x.cpu().double(), w.cpu().double(), SMALL))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+@pytest.mark.parametrize(
+    ("dtype", "value"), [("float32", torch.inf), ("bfloat16", torch.inf), ("float32", torch.nan)]
+)
 @forms
 @layouts
-def test_a_group_does_not_see_another(form, layout, value, dtype):
+def test_a_group_does_not_see_another(form, layout, dtype, value):
     """Groups share tiles, and 0 * Inf is NaN: yet only the outputs that read the value have it."""
     plan = plan_for(SMALL, layout, dtype, form=form)
     x, w = integers(SMALL.x_shape, plan, 0), integers(SMALL.w_shape, plan, 1, "contiguous")
@@ -178,7 +179,7 @@ def test_gradients_are_exact_on_integers(case, layout):
         assert_rounded_once(got, want)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @forms
 @layouts
 def test_gradients_in_every_form_and_precision(form, layout, dtype):
