@@ -44,6 +44,7 @@ CASES = {
     "a_tile_with_groups_missing": ((1, 21, 2, 3, 4), (14, 3, 1, 3, 3), 1, (0, 1, 1), 1, 7),
     "one_to_many": ((1, 2, 3, 2, 3), (24, 1, 3, 1, 1), 1, (1, 0, 0), 1, 2),
     "time_only_long": ((1, 4, 11, 1, 2), (4, 2, 5, 1, 1), (3, 1, 1), (4, 0, 0), (2, 1, 1), 2),
+    "blocks_of_channels": ((1, 40, 1, 3, 4), (36, 40, 1, 1, 3), 1, (0, 0, 1), 1, 1),
     "one_axis": ((2, 6, 9), (6, 2, 3), 2, 1, 1, 3),
     "two_axes": ((1, 4, 5, 6), (8, 2, 3, 2), (1, 2), 1, 1, 2),
 }
@@ -127,11 +128,12 @@ def test_every_config_is_exact_on_integers(config):
     assert_rounded_once(run(plan, x, w), exact(x.cpu().double(), w.cpu().double(), SMALL))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+@pytest.mark.parametrize(
+    ("dtype", "value"), [("float32", torch.inf), ("bfloat16", torch.inf), ("float32", torch.nan)]
+)
 @forms
 @layouts
-def test_a_group_does_not_see_another(form, layout, value, dtype):
+def test_a_group_does_not_see_another(form, layout, dtype, value):
     """Groups share tiles, and 0 * Inf is NaN: yet only the outputs that read the value have it."""
     plan = plan_for(SMALL, layout, dtype, form=form)
     x, w = integers(SMALL.x_shape, plan, 0), integers(SMALL.w_shape, plan, 1, "contiguous")
@@ -177,7 +179,7 @@ def test_gradients_are_exact_on_integers(case, layout):
         assert_rounded_once(got, want)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @forms
 @layouts
 def test_gradients_in_every_form_and_precision(form, layout, dtype):

@@ -57,7 +57,8 @@ def _form(gather: Gather, plan: Plan) -> int:
     """TILES for many channels, fractions or little to do; else tensor cores in half precision."""
     wanted = plan.options.get("form")
     few = max(gather.inputs, gather.outputs) < FEW and gather.taps > 1
-    if not few or max(gather.divisor) > 1 or wanted == TILES:
+    written_out = gather.kernel[0] <= 9 and gather.kernel[0] * gather.kernel[2] <= 25
+    if not few or not written_out or max(gather.divisor) > 1 or wanted == TILES:
         return TILES
     if wanted is not None:
         return wanted

@@ -80,7 +80,6 @@ def sum_of_products(
             real = c < GT * CG
         if RAGGED:
             real = real & (first + c < in_channels)
-        w_at = w_ptr + step * (BLOCK_CI * BLOCK_CO)
         if LAST:
             offset = pixel * channels + first
             at = x_ptr + (offset[:, None] + c[None, :])
@@ -88,6 +87,7 @@ def sum_of_products(
                 x = tl.load(at, mask=ok[:, None], other=0.0)
             else:
                 x = tl.load(at, mask=ok[:, None] & real[None, :], other=0.0)
+            w_at = w_ptr + step * (BLOCK_CI * BLOCK_CO)
             f = tl.load(w_at + (row[:, None] * BLOCK_CO + co[None, :]))
             if WIDENED:
                 x, f = x.to(tl.float32), f.to(tl.float32)
@@ -96,7 +96,8 @@ def sum_of_products(
             offset = (first + c) * (in_t * in_h * in_w)
             at = x_ptr + (offset[:, None] + pixel[None, :])
             x = tl.load(at, mask=real[:, None] & ok[None, :], other=0.0)
-            f = tl.load(w_at + (co[:, None] * BLOCK_CI + row[None, :]))
+            w_at = w_ptr + tap * (CI_BLOCKS * BLOCK_CI * BLOCK_CO)
+            f = tl.load(w_at + (co[:, None] * (CI_BLOCKS * BLOCK_CI) + c[None, :]))
             if WIDENED:
                 x, f = x.to(tl.float32), f.to(tl.float32)
             acc = tl.dot(f, x, acc, input_precision=PRECISION)
@@ -250,7 +251,8 @@ def cut(
     each = given.get("each") or groups_of_a_tile(g)
     # Contiguous, every element that is gathered has an address of its own in a register.
     gathers = not last and not g.flat
-    inputs = given.get("inputs", 32 if dtype == "float32" or gathers else 64)
+    usual = 64 >> (dtype == "float32") >> gathers
+    inputs = given.get("inputs", usual)
     inputs = max(16, min(inputs, power_of_two(each * g.inputs)))
     outputs = max(16, min(given.get("outputs", 128), power_of_two(each * g.outputs)))
     pixels = given.get("pixels", 64 if gathers else 128)
