@@ -325,8 +325,8 @@ class Stepper:
         if plan.backend == "c":
             x = torch_ops.dense(x, layout)
             residual = torch_ops.dense(residual, layout)
-            scratch = ops.workspace(packed.workspace_size(), _FLOAT32)
-            packed.step(x, bias, residual, frames, steps, y, scratch, active, update)
+            memory = ops.workspace(packed.workspace_size(), _FLOAT32)
+            packed.step(x, bias, residual, frames, steps, y, memory, active, update)
         elif plan.backend in torch_ops.ON_TENSORS:
             with torch.no_grad():
                 x, residual = torch_ops.dense(x, layout), torch_ops.dense(residual, layout)
@@ -337,10 +337,10 @@ class Stepper:
         else:
             if plan.backend == "numba":
                 torch_ops._follow_threads()
-            arrays = map(torch_ops._view, (x, bias, residual, frames, steps, y, active))
-            x, bias, residual, frames, steps, column, active = arrays
-            memory = State(frames, steps)
-            continual.run_step(plan, x, packed, bias, residual, memory, column, active, update)
+            view = torch_ops._view
+            state = State(view(frames), view(steps))
+            seen, b, r, mask = map(view, (x, bias, residual, active))
+            continual.run_step(plan, seen, packed, b, r, state, view(y), mask, update)
         return y
 
 
