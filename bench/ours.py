@@ -13,6 +13,7 @@ from fastconv import backends, continual, ops, planner
 from fastconv.geometry import Geometry
 from fastconv.plan import CHANNELS_LAST, CONTIGUOUS, Plan
 
+from . import continual_networks
 from .contenders import Prepared, Settings, as_array, in_place, inputs, tensor
 from .problems import Problem
 from .torch_peers import forward_backward
@@ -30,6 +31,8 @@ class Choice:
 
 def prepare(problem: Problem, choice: Choice, settings: Settings) -> Prepared:
     """Raises UnsupportedError or BackendError with the reason if this choice cannot run."""
+    if problem.clip is not None:
+        return continual_networks.ours(problem, choice.backend, settings)
     if problem.case.kind == "networks":
         return _network(problem, choice, settings)
     if problem.case.kind == "streams":
@@ -168,7 +171,11 @@ def _network(problem: Problem, choice: Choice, settings: Settings) -> Prepared:
     xs = inputs(problem.x, choice.layout, dtype, settings)
     assert problem.model is not None
     source = copy.deepcopy(problem.model).to(settings.device, getattr(torch, dtype))
-    model, report = accelerate(source, next(xs), backend=choice.backend, check=False)
+    # Planned under the flags under which it runs.
+    accelerated = in_place(
+        lambda: accelerate(source, next(xs), backend=choice.backend, check=False), settings
+    )
+    model, report = accelerated()
     plans = tuple(layer.plan for layer in report.layers if layer.plan is not None)
     used = "+".join(dict.fromkeys(plan.backend for plan in plans))
 

@@ -26,11 +26,13 @@ if TYPE_CHECKING:
     from fastconv.geometry import Geometry as Geometry
     from fastconv.geometry import SeparableGeometry as SeparableGeometry
     from fastconv.nn.rewrite import accelerate as accelerate
+    from fastconv.nn.to_continual import to_continual as to_continual
     from fastconv.ops import conv1d as conv1d
     from fastconv.ops import conv2d as conv2d
     from fastconv.ops import conv3d as conv3d
     from fastconv.ops import separable_block as separable_block
     from fastconv.planner import plan as plan
+    from fastconv.stream import StreamPool as StreamPool
     from fastconv.transforms import Transform as Transform
     from fastconv.transforms import transform as transform
 else:
@@ -62,7 +64,12 @@ _NUMPY_ALONE = {
     "UnsupportedError": "errors",
     "BackendError": "errors",
 }
-_HOMES = {**_NUMPY_ALONE, "accelerate": "nn.rewrite"}
+_HOMES = {
+    **_NUMPY_ALONE,
+    "accelerate": "nn.rewrite",
+    "to_continual": "nn.to_continual",
+    "StreamPool": "stream",
+}
 _SUBPACKAGES = ("nn", "zoo")
 
 __all__ = ["__version__", *_NUMPY_ALONE]  # a star import must not ask for PyTorch

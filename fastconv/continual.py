@@ -139,8 +139,8 @@ def continual_state(
             form = "sum" if prod(sums) * ELEMENT_BYTES[wide] < bytes_of_frames else "ring"
         shape = sums if form == "sum" else frames
     dtype = wide if form == "sum" else dtype
-    memory: Array
-    steps: Array
+    memory: Any
+    steps: Any
     if tensor:
         from . import torch_continual
 
@@ -324,7 +324,7 @@ def continual_steps(
     if is_tensor(input):
         from .torch_ops import new_dense
 
-        y = new_dense(shape, input, layout_of(input))
+        y: Any = new_dense(shape, input, layout_of(input))
     else:
         y = ops.empty(shape, input.dtype, layout_of(input))
     for t in range(input.shape[2]):

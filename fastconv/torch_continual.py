@@ -13,7 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import backends, continual, ops, torch_memory, torch_ops, winners
+from . import (
+    backends,
+    continual,
+    ops,
+    torch_memory,
+    torch_ops,
+    torch_ops_block,
+    torch_ops_packed,
+    torch_ops_runner,
+    winners,
+)
 from .continual import State
 from .epilogue import Epilogue
 from .errors import UnsupportedError
@@ -119,7 +129,7 @@ def continual_step_functional(
     )
     if apart:
         z = y if residual is None else y + residual
-        z = torch_ops._ACTIVATIONS[epilogue.activation](z)
+        z = torch_ops_block.ACTIVATIONS[epilogue.activation](z)
         there = _emitting(geometry, state.steps, options.get("active"))
         y = z if there is None else torch.where(_over(there, z), z, torch.zeros_like(z))
     return y, State(frames, steps, state.form, state.start, state.stride)
@@ -325,8 +335,8 @@ class Stepper:
         if plan.backend == "c":
             x = torch_ops.dense(x, layout)
             residual = torch_ops.dense(residual, layout)
-            memory = ops.workspace(packed.workspace_size(), _FLOAT32)
-            packed.step(x, bias, residual, frames, steps, y, memory, active, update)
+            workspace = ops.workspace(packed.workspace_size(), _FLOAT32)
+            packed.step(x, bias, residual, frames, steps, y, workspace, active, update)
         elif plan.backend in torch_ops.ON_TENSORS:
             with torch.no_grad():
                 x, residual = torch_ops.dense(x, layout), torch_ops.dense(residual, layout)
@@ -336,11 +346,11 @@ class Stepper:
                 )
         else:
             if plan.backend == "numba":
-                torch_ops._follow_threads()
-            view = torch_ops._view
-            state = State(view(frames), view(steps))
-            seen, b, r, mask = map(view, (x, bias, residual, active))
-            continual.run_step(plan, seen, packed, b, r, state, view(y), mask, update)
+                torch_ops_runner.follow_threads()
+            arrays = map(torch_ops_packed.view, (x, bias, residual, frames, steps, y, active))
+            x_, bias_, residual_, frames_, steps_, column, active_ = arrays
+            memory = State(frames_, steps_)
+            continual.run_step(plan, x_, packed, bias_, residual_, memory, column, active_, update)
         return y
 
 
