@@ -111,7 +111,8 @@ def continual_state(
 
     input   (N, C, *frame), an example frame: its shape, precision, layout and kind are taken
     weight  (K, C / groups, KT, *kernel)
-    stride, padding, dilation, groups: those of the steps
+    stride, padding, dilation, groups: those of the steps; forms 'sum' and 'auto' ask for all of
+            them, 'ring' for the temporal stride and dilation alone
     form    'ring' (frames; a column has the bits of the clip), 'sum' (incomplete columns), or
             'auto', the one with fewer bytes
     start   'zeros': the first columns are those of zero padding in front of the stream, or
@@ -319,6 +320,7 @@ def continual_steps(
     n, k, *out = column_shape(geometry)
     shape = (n, k, len(times), *out)
     ops.check_extras(op, geometry.out_channels, shape, bias, residual)
+    y: Array
     if is_tensor(input):
         from .torch_ops import new_dense
 

@@ -70,6 +70,7 @@ def _clip(plan: Plan) -> tuple[ModuleType, Plan]:
 def _taps(plan: Plan) -> tuple[Plan, Plan]:
     """Of the option `sum`: the plan of one tap, and of the last, whose residual is the sum."""
     _, clip = _clip(plan)
+    assert isinstance(plan.epilogue, Epilogue)
     last = replace(plan.epilogue, residual=True)
     return replace(clip, epilogue=Epilogue()), replace(clip, epilogue=last)
 
