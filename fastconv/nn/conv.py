@@ -118,7 +118,7 @@ class _Conv(nn.modules.conv._ConvNd):
         return plans[-1] if plans else None
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if torch.is_autocast_enabled(input.device.type):
+        if not input.is_meta and torch.is_autocast_enabled(input.device.type):
             # Which precision a convolution gets there is PyTorch's to decide.
             return super()._conv_forward(input, weight, bias)
         padding = self.padding
