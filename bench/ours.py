@@ -171,7 +171,11 @@ def _network(problem: Problem, choice: Choice, settings: Settings) -> Prepared:
     xs = inputs(problem.x, choice.layout, dtype, settings)
     assert problem.model is not None
     source = copy.deepcopy(problem.model).to(settings.device, getattr(torch, dtype))
-    model, report = accelerate(source, next(xs), backend=choice.backend, check=False)
+    # Planned under the flags under which it runs.
+    accelerated = in_place(
+        lambda: accelerate(source, next(xs), backend=choice.backend, check=False), settings
+    )
+    model, report = accelerated()
     plans = tuple(layer.plan for layer in report.layers if layer.plan is not None)
     used = "+".join(dict.fromkeys(plan.backend for plan in plans))
 

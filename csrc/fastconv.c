@@ -142,3 +142,26 @@ void fc_run(const fc_plan *p, intptr_t x, intptr_t weights, intptr_t bias, intpt
     isa->run[p->family](p->params, &a);
     y_back(isa, p, &a, target);
 }
+
+void fc_run_blend(const fc_blend *p, intptr_t x, intptr_t scale, intptr_t shift, intptr_t residual,
+                  intptr_t y, int threads) {
+    sets[p->isa]->blend(p, (const float *)x, (const float *)scale, (const float *)shift,
+                        (const float *)residual, (float *)y, threads);
+}
+
+int64_t fc_means_size(const fc_means *p) {
+    return FC_LINE + p->images * FC_MEAN_PARTS * fc_lines(p->channels);
+}
+
+void fc_run_means(const fc_means *p, intptr_t x, intptr_t y, intptr_t workspace, int threads) {
+    sets[p->isa]->means(p, (const float *)x, (float *)y, fc_line_up(workspace), threads);
+}
+
+void fc_run_pool(const fc_pool *p, intptr_t x, intptr_t y, int threads) {
+    sets[p->isa]->pool(p, (const float *)x, (float *)y, threads);
+}
+
+void fc_run_turn(const fc_turn *p, intptr_t x, intptr_t y, int threads) {
+    sets[p->isa]->transpose((const float *)x, p->columns, (float *)y, p->rows, p->images, p->rows,
+                            p->columns, threads);
+}

@@ -11,6 +11,8 @@
 #include "grouped.h"
 #include "hfa.h"
 #include "continual.h"
+#include "gradients.h"
+#include "elementwise.h"
 #include "families.h"
 
 #define FC_LINE 16 /* floats of a cache line */
@@ -38,6 +40,15 @@ typedef struct {
        to_stride apart; images follow each other. */
     void (*transpose)(const float *from, int64_t from_stride, float *to, int64_t to_stride,
                       int64_t images, int64_t rows, int64_t columns, int threads);
+    /* As in gradients.h, channels last; the workspace begins at a cache line. */
+    void (*weight_gradient)(const fc_gradient *params, const float *x, const float *gy, float *gw,
+                            float *workspace, int threads);
+    void (*input_gradient)(const fc_gradient *params, const float *gy, const float *w, float *gx,
+                           float *workspace, int threads);
+    void (*blend)(const fc_blend *params, const float *x, const float *scale, const float *shift,
+                  const float *residual, float *y, int threads);
+    void (*means)(const fc_means *params, const float *x, float *y, float *workspace, int threads);
+    void (*pool)(const fc_pool *params, const float *x, float *y, int threads);
 } fc_isa;
 
 const fc_isa *fc_set(int isa);

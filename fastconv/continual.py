@@ -138,6 +138,8 @@ def continual_state(
             form = "sum" if prod(sums) * ELEMENT_BYTES[wide] < bytes_of_frames else "ring"
         shape = sums if form == "sum" else frames
     dtype = wide if form == "sum" else dtype
+    memory: Any
+    steps: Any
     if tensor:
         from . import torch_continual
 
@@ -252,7 +254,7 @@ def continual_step_functional(
     For training frame by frame: with tensors, gradients flow through both results to the input,
     the state, the weight, the bias and the residual.
     """
-    options = {"backend": backend, "max_workspace_bytes": max_workspace_bytes}
+    options: dict[str, Any] = {"backend": backend, "max_workspace_bytes": max_workspace_bytes}
     if not is_tensor(input):
         state = state.save()
         y = continual_step(
@@ -320,7 +322,7 @@ def continual_steps(
     if is_tensor(input):
         from .torch_ops import new_dense
 
-        y = new_dense(shape, input, layout_of(input))
+        y: Any = new_dense(shape, input, layout_of(input))
     else:
         y = ops.empty(shape, input.dtype, layout_of(input))
     for t in range(input.shape[2]):

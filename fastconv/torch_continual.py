@@ -13,7 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import backends, continual, ops, torch_memory, torch_ops, winners
+from . import (
+    backends,
+    continual,
+    ops,
+    torch_memory,
+    torch_ops,
+    torch_ops_block,
+    torch_ops_packed,
+    torch_ops_runner,
+    winners,
+)
 from .continual import State
 from .epilogue import Epilogue
 from .errors import UnsupportedError
@@ -69,20 +79,23 @@ def continual_step(
     """
     if state.stride != geometry.stride[0]:
         continual.check_state("continual_step", state, geometry, input)
+    arguments = (input, state.frames, state.steps, weight, bias, *_plain(geometry))
+    options |= {
+        "activation": activation,
+        "residual": residual,
+        "form": state.form,
+        "start": state.start,
+    }
     with torch.no_grad():
-        y: Tensor = torch.ops.fastconv.continual_step(
-            input,
-            state.frames,
-            state.steps,
-            weight,
-            bias,
-            *_plain(geometry),
-            activation=activation,
-            residual=residual,
-            form=state.form,
-            start=state.start,
-            **options,
-        )
+        y: Tensor
+        if torch.compiler.is_compiling():
+            # Inductor takes a clone of the state between two steps for the state itself.
+            y, frames, steps = torch.ops.fastconv.continual_step_functional(*arguments, **options)
+            if options["update_state"]:
+                state.frames.copy_(frames)
+                state.steps.copy_(steps)
+        else:
+            y = torch.ops.fastconv.continual_step(*arguments, **options)
     return y
 
 
@@ -116,7 +129,7 @@ def continual_step_functional(
     )
     if apart:
         z = y if residual is None else y + residual
-        z = torch_ops._ACTIVATIONS[epilogue.activation](z)
+        z = torch_ops_block.ACTIVATIONS[epilogue.activation](z)
         there = _emitting(geometry, state.steps, options.get("active"))
         y = z if there is None else torch.where(_over(there, z), z, torch.zeros_like(z))
     return y, State(frames, steps, state.form, state.start, state.stride)
@@ -322,8 +335,8 @@ class Stepper:
         if plan.backend == "c":
             x = torch_ops.dense(x, layout)
             residual = torch_ops.dense(residual, layout)
-            scratch = ops.workspace(packed.workspace_size(), _FLOAT32)
-            packed.step(x, bias, residual, frames, steps, y, scratch, active, update)
+            workspace = ops.workspace(packed.workspace_size(), _FLOAT32)
+            packed.step(x, bias, residual, frames, steps, y, workspace, active, update)
         elif plan.backend in torch_ops.ON_TENSORS:
             with torch.no_grad():
                 x, residual = torch_ops.dense(x, layout), torch_ops.dense(residual, layout)
@@ -333,11 +346,11 @@ class Stepper:
                 )
         else:
             if plan.backend == "numba":
-                torch_ops._follow_threads()
-            arrays = map(torch_ops._view, (x, bias, residual, frames, steps, y, active))
-            x, bias, residual, frames, steps, column, active = arrays
-            memory = State(frames, steps)
-            continual.run_step(plan, x, packed, bias, residual, memory, column, active, update)
+                torch_ops_runner.follow_threads()
+            arrays = map(torch_ops_packed.view, (x, bias, residual, frames, steps, y, active))
+            x_, bias_, residual_, frames_, steps_, column, active_ = arrays
+            memory = State(frames_, steps_)
+            continual.run_step(plan, x_, packed, bias_, residual_, memory, column, active_, update)
         return y
 
 

@@ -19,6 +19,17 @@ from fastconv.plan import CHANNELS_LAST, LAYOUTS, Plan
 from fastconv.reference import direct
 
 backends = pytest.mark.parametrize("backend", cases.CPU_BACKENDS)
+# Where an interpreter is slow, half of the pairs.
+memories = pytest.mark.parametrize(
+    ("backend", "layout", "form"),
+    [
+        (backend, layout, form)
+        for backend in cases.CPU_BACKENDS
+        for layout in LAYOUTS
+        for form in FORMS
+        if backend != "triton" or (layout == CHANNELS_LAST) == (form == "ring")
+    ],
+)
 
 
 def plan_for(
@@ -186,18 +197,24 @@ STREAMS = {
 }
 
 
-@backends
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+TOO_LARGE_TO_INTERPRET = [
+    STREAMS[name] for name in ("dense", "dense_strided", "grouped", "strided_in_time")
+]
+
+
+@memories
 @pytest.mark.parametrize("stream", STREAMS.values(), ids=STREAMS.keys())
 def test_streams_of_every_kind(backend, stream, layout, form):
+    if backend == "triton" and stream in TOO_LARGE_TO_INTERPRET and interpreted():
+        pytest.skip("too large for an interpreter; its kinds are in test_triton_continual")
     frame, w, stride, padding, dilation, groups = stream
     epilogue = Epilogue(bias=True, residual=True)
     plan = plan_for(
         backend, frame, w, stride, padding, dilation, groups, layout=layout, epilogue=epilogue,
         form=form,
     )  # fmt: skip
-    assert_stream_is_its_clip(plan, times=2 * plan.geometry.in_size[0] + 1)
+    span = plan.geometry.in_size[0]
+    assert_stream_is_its_clip(plan, times=span + 1 if backend == "triton" else 2 * span + 1)
 
 
 @backends
@@ -252,10 +269,8 @@ def test_a_step_overwrites_the_oldest_frame_and_nothing_else(backend, layout):
     assert stream.steps.tolist() == [6, 11]
 
 
-@backends
-@pytest.mark.parametrize("layout", LAYOUTS)
+@memories
 @pytest.mark.parametrize("groups", [1, 6], ids=["dense", "depthwise"])
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("stride", [1, 2])
 def test_streams_that_are_not_active_are_left_alone(backend, layout, groups, form, start, stride):
@@ -268,7 +283,7 @@ def test_streams_that_are_not_active_are_left_alone(backend, layout, groups, for
     w, bias = cases.random(w_shape, 0), cases.random((6,), 1)
     stalling, steady = Stream(plan, w, bias), Stream(plan, w, bias)
     active = np.array([True, False, False, True])
-    for t in range(5):
+    for t in range(3):
         x, r = cases.random(frame, 10 + t), cases.random(frame, 20 + t)
         want = steady.step(x, r, into=7.0)
         state = stalling.state.array.copy()
@@ -278,13 +293,11 @@ def test_streams_that_are_not_active_are_left_alone(backend, layout, groups, for
         assert (got[~active] == 7.0).all()
         assert np.array_equal(stalling.state.array[~active], state[~active])
         assert np.array_equal(stalling.state.array[active], steady.state.array[active])
-    assert stalling.steps.tolist() == [5, 0, 0, 5]
+    assert stalling.steps.tolist() == [3, 0, 0, 3]
 
 
-@backends
-@pytest.mark.parametrize("layout", LAYOUTS)
+@memories
 @pytest.mark.parametrize("groups", [1, 6], ids=["dense", "depthwise"])
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("start", STARTS)
 def test_a_look_ahead_is_the_next_column_and_writes_no_state(backend, layout, groups, form, start):
     w_shape, frame = (6, 6 // groups, 3, 3, 3), (2, 6, 4, 5)
@@ -292,7 +305,7 @@ def test_a_look_ahead_is_the_next_column_and_writes_no_state(backend, layout, gr
         backend, frame, w_shape, 1, 1, (2, 1, 1), groups, layout=layout, form=form, start=start,
     )  # fmt: skip
     stream = Stream(plan, cases.random(w_shape, 0))
-    for t in range(6):
+    for t in range(3):
         x = cases.random(frame, t + 1)
         state, steps = stream.state.array.copy(), stream.steps.copy()
         ahead = stream.step(x, update=False)

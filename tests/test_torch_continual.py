@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -144,7 +146,11 @@ def aliases(x, frames, steps, w):
     return y, z, seen, first * 2, between, part + 1, steps + 1
 
 
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+COMPILERS = ["eager", "aot_eager", *(["inductor"] if shutil.which("c++") else [])]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler by itself
+@pytest.mark.parametrize("compiler", COMPILERS)
 def test_compiled_steps_write_the_state_that_others_see(compiler):
     x, w = tensors((2, 4, 5, 6), (6, 4, 3, 3, 3))
     results = []

@@ -21,7 +21,8 @@ from .continual_source import Structure
 from .emit import kernel
 from .launch import Launch
 
-# x3: 1 for three TF32 products in place of one in float32; pixels, outs: of a tile
+# x3: 1 for three TF32 products in place of one in float32; pixels, outs: of a tile;
+# cols: outputs of a row that share what they read, where products are element by element
 CONFIGS: tuple[dict[str, int], ...] = (
     {},
     {"x3": 1},
@@ -29,6 +30,9 @@ CONFIGS: tuple[dict[str, int], ...] = (
     {"pixels": 32},
     {"outs": 16},
     {"outs": 64},
+    {"cols": 1},
+    {"cols": 2},
+    {"cols": 4},
 )
 MOST_ELEMENTWISE = 4  # input channels per group that are multiplied element by element
 PROGRAMS = 264  # wanted: two for each processor of a large GPU
@@ -85,12 +89,15 @@ def _structure(plan: Plan, update: bool = True) -> Structure:
     _, out_size, taps, stride, dilation, pads = _axes(plan)
     depth, outs = g.in_channels // g.groups, g.out_channels // g.groups
     pixels, last = out_size[1] * out_size[2], plan.layout == CHANNELS_LAST
-    if depth > MOST_ELEMENTWISE:
+    dots = depth > MOST_ELEMENTWISE
+    if dots:
         block_p, block_k = _tile_of_dots(g.batch, pixels, outs, g.groups)
         block_c = min(max(launch.power_of_two(depth), 16), 64)
     else:
         block_p, block_k = _tile_elementwise(pixels, g.out_channels, last)
         block_c = 0
+    shares = not (dots or options.get("sum")) and taps[2] > 1
+    cols = options.get("cols", _cols(g.batch, pixels, g.out_channels)) if shares else 1
     precision = "tf32" if plan.precision == "tf32" else "tf32x3" if options.get("x3") else "ieee"
     sizes = (prod(g.x_shape[1:]), g.out_channels * g.in_size[0] * pixels)
     return Structure(
@@ -106,6 +113,7 @@ def _structure(plan: Plan, update: bool = True) -> Structure:
         options.get("pixels", block_p),
         options.get("outs", block_k),
         block_c,
+        cols,
         precision,
         launch.wide(*sizes),
     )
@@ -124,6 +132,11 @@ def _tile_of_dots(batch: int, pixels: int, outs: int, groups: int) -> tuple[int,
         else:
             block_k //= 2
     return block_p, block_k
+
+
+def _cols(batch: int, pixels: int, outs: int) -> int:
+    """Outputs of a run."""
+    return 1
 
 
 def _tile_elementwise(pixels: int, outs: int, last: bool) -> tuple[int, int]:
@@ -146,7 +159,8 @@ def _launches(plan: Plan, update: bool) -> tuple[Launch, ...]:
     in_size, out_size, *_ = _axes(plan)
     pixels, frame = out_size[1] * out_size[2], in_size[1] * in_size[2]
     per_group = -(-s.outs // s.block_k)
-    p_blocks = -(-pixels // s.block_p)
+    runs = pixels // out_size[2] * -(-out_size[2] // s.cols)
+    p_blocks = -(-runs // s.block_p)
     k_blocks = g.groups * per_group if s.block_c else -(-g.out_channels // s.block_k)
     sums = bool(plan.options.get("sum"))
     arrays = ("x", "state", "steps", "active", "packed", "bias", "residual", "y")

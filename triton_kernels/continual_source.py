@@ -23,6 +23,7 @@ class Structure:
     depth, outs  input and output channels per group
     last         channels last
     block_c      input channels of a tl.dot; 0: element by element
+    cols         neighbouring outputs of a row that share what they read; 1 but element by element
     wide         offsets within a stream need 64 bits
     """
 
@@ -38,6 +39,7 @@ class Structure:
     block_p: int
     block_k: int
     block_c: int
+    cols: int
     precision: str
     wide: bool
 
@@ -71,9 +73,7 @@ def _tile(s: Structure) -> list[str]:
     lines = [
         "pid = tl.program_id(0)",
         "n = (pid // (p_blocks * k_blocks)).to(tl.int64)",
-        f"p = pid % p_blocks * {s.block_p} + tl.arange(0, {s.block_p})",
-        f"top = p // out_width * {s.stride[1]} - {s.padding[0]}",
-        f"left = p % out_width * {s.stride[2]} - {s.padding[1]}",
+        *_pixels(s),
         "t = tl.load(steps + n)",
         "frame = height * width",
     ]
@@ -100,6 +100,22 @@ def _tile(s: Structure) -> list[str]:
     ]
 
 
+def _pixels(s: Structure) -> list[str]:
+    """p, the first output of each run of `cols`, and where its input begins."""
+    lines = [f"p = pid % p_blocks * {s.block_p} + tl.arange(0, {s.block_p})"]
+    if s.cols > 1:
+        lines += [
+            f"runs = (out_width + {s.cols - 1}) // {s.cols}",
+            f"column = p % runs * {s.cols}",
+            "p = p // runs * out_width + column",
+        ]
+    return [
+        *lines,
+        f"top = p // out_width * {s.stride[1]} - {s.padding[0]}",
+        f"left = p % out_width * {s.stride[2]} - {s.padding[1]}",
+    ]
+
+
 def _guard() -> list[str]:
     """Programs of streams that are not active end."""
     return ["if active is not None:", "    if tl.load(active + n) == 0:", "        return"]
@@ -110,16 +126,20 @@ def _is_column(s: Structure, time: str) -> str:
     return f"({time} - {s.ring}) % {s.stride[0]} == 0"
 
 
+def _frame(s: Structure, slot: str | None) -> list[str]:
+    """The new frame, or that of a slot, of the program's stream."""
+    if slot is None:
+        return ["frames = x + n * channels * frame", f"c_step = {'1' if s.last else 'frame'}"]
+    size = "channels * frame" if s.last else "frame"
+    return [
+        f"frames = state + n * {s.ring} * channels * frame + {slot} * {size}",
+        f"c_step = {'1' if s.last else f'{s.ring} * frame'}",
+    ]
+
+
 def _product(s: Structure, acc: str, tap: int, slot: str | None) -> list[str]:
     """acc += a frame under the spatial taps of temporal tap `tap`; slot None: the new frame."""
-    taps = s.kernel[1] * s.kernel[2]
-    lines = ["frames = x + n * channels * frame", f"c_step = {'1' if s.last else 'frame'}"]
-    if slot is not None:
-        size = "channels * frame" if s.last else "frame"
-        lines = [
-            f"frames = state + n * {s.ring} * channels * frame + {slot} * {size}",
-            f"c_step = {'1' if s.last else f'{s.ring} * frame'}",
-        ]
+    taps, lines = s.kernel[1] * s.kernel[2], _frame(s, slot)
     either = slot is not None and s.replicate
     body = _dot if s.block_c else _elementwise
     terms = taps * (-(-s.depth // s.block_c) if s.block_c else s.depth)
@@ -132,6 +152,47 @@ def _product(s: Structure, acc: str, tap: int, slot: str | None) -> list[str]:
 
 def _indented(lines: list[str]) -> list[str]:
     return indented(lines).split("\n")
+
+
+def _shared(s: Structure, tap: int, slot: str | None) -> list[str]:
+    """z0, z1, ..: the outputs of a run += a frame under the spatial taps of a temporal tap; every
+    input is read once.
+    """
+    lines, either = _frame(s, slot), slot is not None and s.replicate
+    wide = ".to(tl.int64)" if s.wide else ""
+    (_, kh, kw), (_, dh, dw), d = s.kernel, s.dilation, s.depth
+    for i in range(kh):
+        lines.append(f"h = top + {i * dh}")
+        for term in range(d):
+            lines.append(f"c = k // {s.outs} * {d} + {term}")
+            for j in range(kw):
+                row = ((tap * kh + i) * kw + j) * d + term
+                lines += [
+                    f"b = tl.load(packed + {row} * outs + k, mask=k < outs, other=0.0)",
+                    f"b{j} = {s.of_channels('b')}.to(tl.float32)",
+                ]
+            readers: dict[int, list[tuple[int, int]]] = {}
+            for u in range(s.cols):
+                for j in range(kw):
+                    readers.setdefault(u * s.stride[2] + j * dw, []).append((u, j))
+            for offset, pairs in sorted(readers.items()):
+                pixel = "w + h * width"
+                if s.last:
+                    pixel = f"({pixel}){wide} * channels"
+                lines += [
+                    f"w = left + {offset}",
+                    "inside = (h >= 0) & (h < height) & (w >= 0) & (w < width)",
+                    *_inputs(
+                        s,
+                        s.of_pixels(f"({pixel})"),
+                        s.of_channels(f"c{wide}"),
+                        f"valid & {s.of_pixels('inside')}",
+                        either,
+                    ),
+                    "a = a.to(tl.float32)",
+                    *(f"z{u} += a * b{j}" for u, j in pairs),
+                ]
+    return lines
 
 
 def _inputs(s: Structure, at: str, channel: str, mask: str, either: bool) -> list[str]:
@@ -202,17 +263,19 @@ def _dot(s: Structure, acc: str, tap: int, term: str, either: bool) -> list[str]
     return [*lines, f"{acc} = tl.dot({a}, b, {acc}, input_precision='{s.precision}')"]
 
 
-_FINISH = [
-    "if HAS_BIAS:",
-    "    z += {bias}.to(tl.float32)",
-    "store(y + of_y, residual if residual is None else residual + of_y, at, z, valid, ACTIVATION, "
-    "HAS_RESIDUAL)",
-]
-
-
-def _finish(s: Structure) -> list[str]:
+def _finish(s: Structure, acc: str = "z", output: int = 0) -> list[str]:
+    """Bias, residual, activation and store of a sum, that of an output of the run."""
     bias = s.of_channels("tl.load(bias + k, mask=k < outs, other=0.0)")
-    return [line.replace("{bias}", bias) for line in _FINISH]
+    at, valid = "at", "valid"
+    if s.cols > 1:
+        at = f"at + {output if not s.last else f'{output} * outs'}"
+        valid = f"valid & {s.of_pixels(f'(column + {output} < out_width)')}"
+    return [
+        "if HAS_BIAS:",
+        f"    {acc} += {bias}.to(tl.float32)",
+        "store(y + of_y, residual if residual is None else residual + of_y, "
+        f"{at}, {acc}, {valid}, ACTIVATION, HAS_RESIDUAL)",
+    ]
 
 
 def ring(s: Structure) -> str:
@@ -223,15 +286,22 @@ def ring(s: Structure) -> str:
     lines += _guard()
     if s.stride[0] > 1:
         lines += [f"if {_is_column(s, 't')}:", "    pass", "else:", "    return"]
-    lines.append(f"z = tl.zeros({s.tile}, tl.float32)")
+    sums = ["z"] if s.cols == 1 else [f"z{u}" for u in range(s.cols)]
+    lines += [f"{z} = tl.zeros({s.tile}, tl.float32)" for z in sums]
+
+    def product(tap: int, slot: str | None) -> list[str]:
+        return _product(s, "z", tap, slot) if s.cols == 1 else _shared(s, tap, slot)
+
     for tap in range(s.kernel[0] - 1):
         # Time t - L + tap * dilation, L later to keep it positive.
         time = f"t + {tap * s.dilation[0]}"
         if s.replicate:
             lines.append(f"time = tl.maximum({time}, {s.ring})")
             time = "time"
-        lines += _product(s, "z", tap, f"(({time}) % {s.ring})")
-    lines += [*_product(s, "z", s.kernel[0] - 1, None), *_finish(s)]
+        lines += product(tap, f"(({time}) % {s.ring})")
+    lines += product(s.kernel[0] - 1, None)
+    for output, z in enumerate(sums):
+        lines += _finish(s, z, output)
     head = (
         f"x, state, steps, active, packed, bias, residual, y, {'seen, ' * (s.ring > 0)}"
         f"{ARGUMENTS}, "

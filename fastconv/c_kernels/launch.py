@@ -191,6 +191,10 @@ class Packed:
         self._address = address(weights)
         self._copies = copies_size(plan)
 
+    def constants(self, workspace: Any) -> tuple[Any, int, int]:
+        """What `lib.fc_run` gets in every call: the C plan, the weights' address, the threads."""
+        return self._plan, self._address, self._threads(workspace)
+
     def run(self, x: Any, bias: Any, residual: Any, y: Any, workspace: Any) -> None:
         """One call of a plan."""
         biases = bias if isinstance(bias, tuple) else (bias, None, None)

@@ -33,6 +33,7 @@ from .continual import (
 from .continual_network import Continual, Step
 from .conv import Conv1d, Conv2d, Conv3d
 from .rewrite import Report, accelerate
+from .separable import SeparableBlock
 from .to_continual import to_continual
 from .trace import Layer, trace
 
@@ -58,6 +59,7 @@ __all__ = [
     "Layer",
     "Report",
     "Residual",
+    "SeparableBlock",
     "Sequential",
     "SqueezeExcite",
     "Step",
