@@ -498,6 +498,15 @@ def test_convert_shares_parameters():
     torch.testing.assert_close(ours.eval()(clip), theirs(clip).detach())
 
 
+def test_streams_begin_in_inference_mode_and_go_on_outside():
+    module, clip = made("block", "zeros")
+    want = module(clip)
+    with torch.inference_mode():
+        first = module.forward_steps(clip[:, :, :20]).output
+    rest = module.forward_steps(clip[:, :, 20:]).output
+    assert torch.equal(torch.cat([first, rest], dim=2), want)
+
+
 def test_float64_streams():
     module = MODULES["block"][0](start="zeros").double()
     clip = noise(2, 4, 36, 12, 12, dtype=torch.float64)

@@ -256,7 +256,8 @@ class Continual(nn.Module):
         modes = {module: module.training for module in self.modules()}
         self.eval()  # the example's values must not get into a batch norm
         try:
-            with torch.no_grad():
+            # Made in inference mode, the state could be written nowhere else.
+            with torch.inference_mode(False), torch.no_grad():
                 states, self._example = self._program().start(frame.unsqueeze(2), frame.shape[0])
         finally:
             for module, mode in modes.items():

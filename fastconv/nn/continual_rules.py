@@ -45,6 +45,16 @@ def per_axis(value: Any, axes: int) -> tuple[int, ...]:
     return (value,) * axes if isinstance(value, int) else tuple(value)
 
 
+def kind_of(module: nn.Module) -> type[nn.Module]:
+    """PyTorch's class that a module is, or is derived from without a `forward` of its own."""
+    return next(c for c in type(module).__mro__ if c.__module__.startswith("torch.nn"))
+
+
+def axes_of(module: nn.Module) -> int:
+    """Of a convolution or a pooling, from the name of its class."""
+    return int(kind_of(module).__name__[-2])
+
+
 def record(
     graph: Graph, module: nn.Module, value: int, name: str = "", window: int | None = None
 ) -> int:
@@ -54,7 +64,7 @@ def record(
 
     Raises UnsupportedError for what has no meaning in a stream.
     """
-    kind = type(module)
+    kind = kind_of(module)
     own_record: Any = getattr(module, "record", None)
     if own_record is not None:
         graph.under.append(name)
@@ -167,7 +177,7 @@ def adaptive_pool(
 
     gate  the newest column stands at the window's end, for what is applied to that column
     """
-    axes, function, reduce = ADAPTIVE_POOLS[type(pool)]
+    axes, function, reduce = ADAPTIVE_POOLS[kind_of(pool)]
     size = per_axis(pool.output_size, axes) if pool.output_size is not None else (None,)
     if size[0] not in (1, None):
         raise UnsupportedError(f"pools a clip to {size[0]} columns; only 1 is served")

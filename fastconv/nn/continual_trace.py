@@ -42,9 +42,10 @@ def trace_clip(model: nn.Module, clip: Tensor) -> fx.Graph:
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether a module is one operation: PyTorch's own unless it only contains others."""
+    """Whether a module is one operation: one whose `forward` is PyTorch's, unless a container's."""
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-    own = type(module).__module__.startswith("torch.nn") and not isinstance(module, containers)
+    theirs = type(module).forward.__module__.startswith("torch.nn")
+    own = theirs and not isinstance(module, containers)
     return own or hasattr(module, "record")
 
 

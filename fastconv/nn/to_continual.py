@@ -202,7 +202,7 @@ class Converter:
                 raise UnsupportedError("does not run along time")
             return (Traced(rules.record(self.graph, module, x.value, name), (), self), None)
         self._check_axes(module, x)
-        if type(module) in rules.ADAPTIVE_POOLS:
+        if rules.kind_of(module) in rules.ADAPTIVE_POOLS:
             gate = self.is_gate(node)
             window = self.window(x, gate)
             value = rules.adaptive_pool(self.graph, module, x.value, name, window, gate=gate)
@@ -215,12 +215,11 @@ class Converter:
         axis = x.time
         if axis is None:
             return
-        spatial = (*rules.CONVOLUTIONS, *rules.AVERAGE_POOLS, *rules.MAX_POOLS)
-        if isinstance(module, (*spatial, *rules.ADAPTIVE_POOLS)):
-            axes = int(type(module).__name__[-2]) if not hasattr(module, "kernel_size") else 0
-            axes = axes or (x.dims - 2)
-            if axis != 2 or x.dims != axes + 2:
-                raise UnsupportedError(f"takes frames along axis {axis} of {x.dims}, not 2")
+        pools = (*rules.AVERAGE_POOLS, *rules.MAX_POOLS, *rules.ADAPTIVE_POOLS)
+        spatial = (*rules.CONVOLUTIONS, *pools)
+        dims = rules.axes_of(module) + 2 if isinstance(module, spatial) else x.dims
+        if isinstance(module, spatial) and (axis != 2 or x.dims != dims):
+            raise UnsupportedError(f"takes frames along axis {axis} of {x.dims}, not 2")
         if isinstance(module, nn.Linear) and axis == x.dims - 1:
             raise UnsupportedError("mixes the frames of a clip")
         if isinstance(module, nn.Flatten):
