@@ -22,7 +22,8 @@ static const float *last(const fc_gradient *p, intptr_t from, int64_t channels, 
     float *copy = *workspace;
     int64_t batch = p->geometry.batch;
     *workspace += fc_lines(batch * channels * size);
-    fc_isa_of(p->isa)->transpose((const float *)from, size, copy, batch, channels, size, threads);
+    fc_set(p->isa)->transpose((const float *)from, size, copy, channels, batch, channels, size,
+                              threads);
     return copy;
 }
 
@@ -32,13 +33,13 @@ void fc_weight_gradient(const fc_gradient *p, intptr_t x, intptr_t gy, intptr_t 
     float *scratch = fc_line_up(workspace);
     const float *inputs = last(p, x, g->in_channels, points(g->in_size), &scratch, threads);
     const float *outputs = last(p, gy, g->out_channels, points(g->out_size), &scratch, threads);
-    fc_isa_of(p->isa)->weight_gradient(p, inputs, outputs, (float *)gw, scratch, threads);
+    fc_set(p->isa)->weight_gradient(p, inputs, outputs, (float *)gw, scratch, threads);
 }
 
 void fc_input_gradient(const fc_gradient *p, intptr_t gy, intptr_t w, intptr_t gx,
                        intptr_t workspace, int threads) {
     const fc_geometry *g = &p->geometry;
-    const fc_isa *isa = fc_isa_of(p->isa);
+    const fc_isa *isa = fc_set(p->isa);
     int64_t size = points(g->in_size);
     float *scratch = fc_line_up(workspace), *target = (float *)gx;
     const float *outputs = last(p, gy, g->out_channels, points(g->out_size), &scratch, threads);
@@ -48,5 +49,6 @@ void fc_input_gradient(const fc_gradient *p, intptr_t gy, intptr_t w, intptr_t g
     }
     isa->input_gradient(p, outputs, (const float *)w, target, scratch, threads);
     if (p->contiguous)
-        isa->transpose(target, g->in_channels, (float *)gx, g->batch, size, g->in_channels, threads);
+        isa->transpose(target, g->in_channels, (float *)gx, size, g->batch, size, g->in_channels,
+                       threads);
 }

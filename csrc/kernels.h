@@ -12,6 +12,7 @@
 #include "continual.c"
 #include "weight_gradient.h"
 #include "input_gradient.h"
+#include "elementwise.c"
 
 const fc_isa ISA = {
     .name = ISA_NAME,
@@ -21,6 +22,9 @@ const fc_isa ISA = {
     .step = continual_frames,
     .weight_gradient = weight_gradient,
     .input_gradient = input_gradient,
+    .blend = blend_run,
+    .means = means_run,
+    .pool = pool_run,
     .run = {[FC_WINOGRAD] = winograd_run,
             [FC_DEPTHWISE] = depthwise_run,
             [FC_GROUPED] = grouped_run,

@@ -13,25 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, ops, torch_ops_vmap, winners
+from . import torch_ops_vmap, winners
 from .epilogue import Epilogue
 from .geometry import Geometry, SeparableGeometry
-from .plan import Plan
 from .torch_ops_block import ACTIVATIONS as _ACTIVATIONS
 from .torch_ops_conv import plan_for, remember, routes
 from .torch_ops_packed import ON_TENSORS as ON_TENSORS
 from .torch_ops_packed import PackedWeights as PackedWeights
 from .torch_ops_packed import _packed as _packed
 from .torch_ops_packed import held_weights
-from .torch_ops_packed import view as _view
 from .torch_ops_prepacked import freeze as freeze
 from .torch_ops_register import cast_by_autocast
-from .torch_ops_runner import FLOAT32 as _FLOAT32
 from .torch_ops_runner import Runner as Runner
 from .torch_ops_runner import dense as dense
 from .torch_ops_runner import device_workspace as device_workspace
 from .torch_ops_runner import execute as execute
-from .torch_ops_runner import follow_threads as _follow_threads
 from .torch_ops_runner import is_plain
 from .torch_ops_runner import new_dense as new_dense
 from .torch_ops_runner import packed_weights as packed_weights
@@ -171,42 +167,3 @@ def separable_block(
         residual,
         **choice,
     )
-
-
-def new_state(shape: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor]:
-    """Zero frames of this shape in the layout, precision and device of `like`, and zero steps."""
-    frames = new_dense(shape, like, ops.layout_of(like)).zero_()
-    return frames, torch.zeros(shape[0], dtype=torch.int64, device=like.device)
-
-
-def continual_step(
-    plan: Plan,
-    input: Tensor,
-    state: ops.State,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-) -> Tensor:
-    """`ops.continual_step` on tensors; no gradient is kept."""
-    with torch.no_grad():
-        shape = (*plan.geometry.y_shape[:2], *plan.geometry.y_shape[3:])
-        y = new_dense(shape, input, plan.layout)
-        packed = packed_weights(plan, weight)
-        if plan.backend in ON_TENSORS:
-            if y.numel():
-                module = backends.kernel("continual", plan.backend)
-                x, r = dense(input, plan.layout), dense(residual, plan.layout)
-                scratch = device_workspace(module.workspace_size(plan), y)
-                module.run(plan, x, packed, bias, r, state.frames, state.steps, y, scratch)
-        elif plan.backend == "c":
-            if y.numel():
-                x, r = dense(input, plan.layout), dense(residual, plan.layout)
-                workspace = ops.workspace(packed.workspace_size(), _FLOAT32)
-                packed.step(x, bias, r, state.frames, state.steps, y, workspace)
-        else:
-            if plan.backend == "numba":
-                _follow_threads()
-            x, b, r = map(_view, (input, bias, residual))
-            views = ops.State(_view(state.frames), _view(state.steps))
-            ops.run_step(plan, x, packed, b, r, views, _view(y))
-    return y

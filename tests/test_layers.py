@@ -24,6 +24,7 @@ LAYERS = (
     ("winners",),  # what autotune measured: read by the planner, whom autotune asks for candidates
     ("planner",),
     ("explanation", "ops"),
+    ("continual",),
     ("torch_memory",),
     ("torch_ops_packed",),
     ("torch_ops_register", "torch_ops_runner"),
@@ -34,11 +35,13 @@ LAYERS = (
     ("torch_ops_vmap",),
     ("torch_ops",),
     ("torch_sharding",),
+    ("torch_continual",),
     ("trial",),
     ("autotune",),
     ("nn",),
     ("video", "published", "notation"),
-    ("demo", "targets", "count_forms"),
+    ("demo", "targets", "count_forms", "stream"),
+    ("stream_command",),
     ("count_table", "table_values"),
     ("tune_table", "tables", "explore_report"),
     ("bench",),
@@ -53,6 +56,8 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 UPWARD = {
     ("fastconv.ops", "fastconv.torch_ops"): "one door for both: the first tensor brings PyTorch in",
     ("fastconv.torch_ops", "fastconv.torch_sharding"): "the first DTensor brings its rules in",
+    ("fastconv.continual", "fastconv.torch_ops"): "as ops",
+    ("fastconv.continual", "fastconv.torch_continual"): "as ops",
 }
 
 # What a module may import when it is itself imported; everywhere else, NumPy alone.
