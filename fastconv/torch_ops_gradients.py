@@ -136,8 +136,8 @@ def _kernels(
         families = ("depthwise",)
     names = (("c",) if device == "cpu" else ("triton",)) if backend == "auto" else (backend,)
     for name, family in product(names, families):
-        if device not in backends.devices(name):
-            continue
+        if device not in backends.devices(name) or (name == "triton" and geometry.groups == 1):
+            continue  # one group is cuDNN's
         module = backends.gradients(family, name)
         if module is not None and module.supports(geometry, dtype) is None:
             return module, name, family
@@ -195,6 +195,8 @@ def _convolutions(
     """
     if backend in ("torch", "reference") or (backend == "auto" and dtype == "float64"):
         return None  # float64 is for checks: it is not worth compiling kernels for
+    if device != "cpu":
+        return None  # there the gradient kernels serve every stride, and cuDNN the rest
     parts = []
     for start in product(*(range(min(s, n)) for s, n in _strides_and_sizes(geometry))):
         axes = [_axis(geometry, axis, first) for axis, first in enumerate(start)]

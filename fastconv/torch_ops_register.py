@@ -79,12 +79,13 @@ def _differentiable(
             ctx.needs = (*needs, *(False,) * (len(defaults) - len(needs)))
             return (None, *backward(ctx, grad)[: len(needs)])
 
+    after = _C._after_autograd_keyset
     apply: Callable[..., Tensor] = Gradient.apply  # type: ignore[attr-defined]
 
     def kernel(keyset: Any, *given: Any) -> Tensor:
         if forward_ad._current_level >= 0:
             _refuse_tangents(op, given)
-        keys = keyset & _C._after_autograd_keyset
+        keys = keyset & after
         if _C.is_grad_enabled() and _C._any_requires_grad(*given):
             if _C._are_functorch_transforms_active():
                 with enable_single_level_autograd_function():
