@@ -10,6 +10,8 @@
 #include "grouped.c"
 #include "hfa.c"
 #include "continual.c"
+#include "weight_gradient.h"
+#include "input_gradient.h"
 #include "elementwise.c"
 
 const fc_isa ISA = {
@@ -18,6 +20,8 @@ const fc_isa ISA = {
     .usable = usable,
     .transpose = transpose,
     .step = continual_frames,
+    .weight_gradient = weight_gradient,
+    .input_gradient = input_gradient,
     .blend = blend_run,
     .means = means_run,
     .pool = pool_run,

@@ -113,7 +113,8 @@ def copies_size(plan: Plan) -> int:
     """Floats in front of a family's own: transposed copies and, of a stream, a table of frames."""
     params = ffi.NULL
     if plan.family == "continual":
-        params = ffi.new("fc_continual *", {"taps": plan.geometry.kernel[0]})
+        fields = {"taps": plan.geometry.kernel[0], "sums": plan.options.get("sum", 0)}
+        params = ffi.new("fc_continual *", fields)
     return int(lib.fc_copies_size(_c_plan(plan, params)))
 
 
@@ -211,7 +212,16 @@ class Packed:
         )
 
     def step(
-        self, x: Any, bias: Any, residual: Any, state: Any, steps: Any, y: Any, workspace: Any
+        self,
+        x: Any,
+        bias: Any,
+        residual: Any,
+        state: Any,
+        steps: Any,
+        y: Any,
+        workspace: Any,
+        active: Any = None,
+        update: bool = True,
     ) -> None:
         """One step of a stream."""
         lib.fc_step(
@@ -225,6 +235,8 @@ class Packed:
             steps.strides[0] // 8 if isinstance(steps, np.ndarray) else steps.stride(0),
             address(y),
             address(workspace),
+            address(active),
+            update,
             self._threads(workspace),
         )
 

@@ -17,23 +17,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastconv import torch_ops
+
 from .graph import UntraceableError, hooked, record
 from .graph_program import Options, Program
 from .graph_steps import DTYPES
 
 MAX_PROGRAMS = 16  # input shapes with memory and packed weights of their own; others run modules
 _TRAINING, _VERSION = attrgetter("training"), attrgetter("_version")
-Key = tuple[tuple[torch.Size, torch.dtype], ...]
+Key = tuple[tuple[torch.Size, torch.dtype, torch.device, str], ...]
 
 
 class Forward:
     """Calls a module: tensors of known shapes, without a gradient, through a program.
 
     The modules run one by one, as PyTorch would run them, in training mode, where a gradient may be
-    asked for, under autocast, compiling and tracing, for other arguments than float32 and float64
-    tensors on the CPU, when hooks were added, and where the module cannot be recorded; then this is
-    tried for its children. Programs are made again when a parameter or buffer was replaced or
-    written.
+    asked for, under autocast, compiling and tracing, for other arguments than tensors of one device
+    in a precision that kernels there know, when hooks were added, and where the module cannot be
+    recorded; then this is tried for its children. Programs are made again when a parameter or
+    buffer was replaced or written.
 
     contiguous  modules that stay as they are get contiguous arguments
     """
@@ -82,7 +84,7 @@ class Forward:
             return None
         if torch.is_grad_enabled() and self._may_need_gradient(args):
             return None
-        key = tuple((x.shape, x.dtype) for x in args)
+        key = _key(args)
         program = self._programs.get(key)
         if program is None or self._state is None or not self._state.holds():
             return self._made(key, args)
@@ -130,7 +132,7 @@ class Forward:
 
     def program_of(self, args: Sequence[Tensor]) -> Program | None:
         """The program that a call ran, if one did."""
-        return self._programs.get(tuple((x.shape, x.dtype) for x in args if isinstance(x, Tensor)))
+        return self._programs.get(_key([x for x in args if isinstance(x, Tensor)]))
 
     @property
     def programs(self) -> list[Program]:
@@ -168,17 +170,23 @@ def forwards(model: nn.Module) -> list[Forward]:
     return [forward for forward in found if isinstance(forward, Forward)]
 
 
+def _key(args: Sequence[Tensor]) -> Key:
+    return tuple((x.shape, x.dtype, x.device, torch_ops.precision_of(x)) for x in args)
+
+
 def _can_run(args: Sequence[Any]) -> bool:
-    """Plain tensors that kernels may read, nobody tracing."""
+    """Plain tensors of one device that kernels may read, nobody tracing."""
     for x in args:
-        if type(x) is not Tensor or x.dtype not in DTYPES or x.device.type != "cpu":
+        if type(x) is not Tensor or x.dtype not in DTYPES.get(x.device.type, ()):
+            return False
+        if x.device != args[0].device:
             return False
         if not x.numel() or x.layout != torch.strided:
             return False
     return bool(args) and not (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
-        or torch.is_autocast_enabled("cpu")
+        or torch.is_autocast_enabled(args[0].device.type)
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
     )

@@ -15,7 +15,7 @@ from .graph_steps import DTYPES, Blend, Conv, Join, Means, Norm, Other, Pad, Poo
 
 def is_plain(value: Value) -> bool:
     """Of a precision and device that the steps know, with batch and channels."""
-    return value.dtype in DTYPES and value.device == "cpu" and len(value.shape) >= 2
+    return value.dtype in DTYPES.get(value.device, ()) and len(value.shape) >= 2
 
 
 def identity(operation: Operation) -> Value | None:

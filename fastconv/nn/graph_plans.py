@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from fastconv import backends, ops, planner
+from fastconv import backends, ops, planner, torch_ops
 from fastconv.plan import Plan, Request
 
 from .graph_steps import Conv, Norm
@@ -58,7 +58,7 @@ def expected_ms(request: Request | None) -> float:
 def chosen(request: Request) -> Plan:
     """The plan to run inside a program: PyTorch's own only where it was measured to be better."""
     plan = planner.plan_of(request)
-    if plan.backend != "torch" or request.backend != "auto":
+    if plan.backend != "torch" or request.backend != "auto" or request.device != "cpu":
         return plan
     found = [c for c in candidates(request) if c.reason is None]
     ours = next((c for c in found if c.plan.backend not in ("torch", "reference")), None)
@@ -104,6 +104,6 @@ def folded(conv: Conv) -> tuple[Tensor, Tensor | None]:
 
 
 def pack(plan: Plan, weights: Any) -> Any:
-    if plan.backend == "torch":
+    if plan.backend in torch_ops.ON_TENSORS:
         return ops.pack(plan, weights)
     return ops.pack(plan, tree_map(lambda w: w.numpy(), weights))

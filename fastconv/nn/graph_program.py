@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastconv import backends
+from fastconv import backends, torch_ops
 from fastconv.epilogue import Epilogue
 from fastconv.plan import CHANNELS_LAST, Plan, Request
 
@@ -31,7 +31,9 @@ class Program:
         self.options, self.contiguous = options, contiguous
         self.inputs = recording.inputs
         self.stays = recording.stays
-        can_scale = options.uses_c and options.is_free
+        self.device = self.inputs[0].device
+        self.uses_c = options.uses_c and self.device == "cpu"
+        can_scale = self.uses_c and options.is_free
 
         def scales(conv: Conv) -> bool:
             return can_scale and conv.y.dtype == torch.float32
@@ -79,9 +81,7 @@ class Program:
         return [Work(step, in_c=isinstance(step, (Means, Pool, Join)) and self._small(step))]
 
     def _small(self, step: Step) -> bool:
-        return self.options.uses_c and all(
-            v.dtype == torch.float32 for v in (*step.inputs, *step.outputs)
-        )
+        return self.uses_c and all(v.dtype == torch.float32 for v in (*step.inputs, *step.outputs))
 
     def _conv(self, step: Conv) -> Work:
         weight, bias = folded(step)
@@ -96,7 +96,13 @@ class Program:
         if len(step.x.shape) == 2 and not self.options.is_free:
             options = {"backend": "torch"}  # linear: no convolution that was spoken of
         request = Request.of(
-            step.geometry, dtype=dtype, epilogue=epilogue, layout=CHANNELS_LAST, **options
+            step.geometry,
+            dtype=dtype,
+            device=self.device,
+            precision=torch_ops.precision_of(weight),
+            epilogue=epilogue,
+            layout=CHANNELS_LAST,
+            **options,
         )
         plan = chosen(request)
         return Work(step, request, plan, pack(plan, weight), bias, plan.backend == "c")
@@ -114,6 +120,8 @@ class Program:
         request = Request.of(
             step.geometry,
             dtype=str(step.outputs[0].dtype).removeprefix("torch."),
+            device=self.device,
+            precision=torch_ops.precision_of(weights[0]),
             epilogue=epilogues,  # type: ignore[arg-type]  # three
             layout=CHANNELS_LAST,
             **(self.options.of_plan | {"algorithm": "auto"}),

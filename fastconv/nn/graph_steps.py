@@ -10,7 +10,11 @@ from fastconv.geometry import Geometry, SeparableGeometry
 
 from .graph import Operation, Ref, Value
 
-DTYPES = (torch.float32, torch.float64)
+# Precisions that the steps know, by device.
+DTYPES = {
+    "cpu": (torch.float32, torch.float64),
+    "cuda": (torch.float32, torch.float16, torch.bfloat16),
+}
 
 
 @dataclass(frozen=True, eq=False)
