@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 import threading
@@ -440,9 +441,8 @@ def test_signature_several_inputs_and_keywords():
     x, y = torch.randn(1, 6, *SIZE), torch.randn(1, 3, *SIZE)
     new, report = fastconv.accelerate(model, (x, y))
     assert report.traced
-    import inspect
-
-    assert inspect.signature(new.forward) == inspect.signature(model.forward)
+    for other in (new, copy.deepcopy(new)):
+        assert inspect.signature(other.forward) == inspect.signature(model.forward)
     close(run(new, x, y), run(model, x, y))
     with torch.no_grad():
         close(new(x, y, twice=True, scale=0.5), model(x, y, twice=True, scale=0.5))

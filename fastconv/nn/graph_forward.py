@@ -45,7 +45,6 @@ class Forward:
         self._own = module.__dict__.get("forward")  # somebody else's replacement
         self._reset()
         self.refused = ""  # why the module itself cannot be recorded
-        self.__signature__ = inspect.signature(self.modules)
 
     def _reset(self) -> None:
         self._programs: dict[Key, Program] = {}
@@ -59,6 +58,11 @@ class Forward:
         if self._own is not None:
             return self._own
         return functools.partial(type(self.module).forward, self.module)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the module's own forward."""
+        return inspect.signature(self.modules)
 
     @property
     def __code__(self) -> Any:
@@ -141,7 +145,7 @@ class Forward:
             self._programs.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        skipped = ("_programs", "_lock", "_watched", "_state", "__signature__")
+        skipped = ("_programs", "_lock", "_watched", "_state")
         return {name: value for name, value in self.__dict__.items() if name not in skipped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
