@@ -201,7 +201,7 @@ def cut(
     blocks = -(-g.pixels // pixels)
     shares = max(1, min(-(-PROGRAMS // programs), LONGEST, blocks))
     share = max(1, -(-blocks // shares))
-    warps = 8 if dtype == "float32" and outputs * columns >= 64 * 128 else 4
+    warps = 8 if dtype == "float32" and outputs * columns >= 64 * 64 else 4
     return WeightSums(
         g, dtype, last, precision, each, parts, pixels, inputs, outputs, columns, share, warps, 3
     )
