@@ -43,9 +43,9 @@ def exact(g: Geometry, x, w, gy):
     return torch.from_numpy(gx), torch.from_numpy(gw)
 
 
-def check(g: Geometry, layout: str, backend: str) -> None:
+def check(g: Geometry, layout: str, backend: str, device: str = "cpu") -> None:
     x, w, gy = arrays(g, layout)
-    got, want = by_operators(g, x, w, gy, backend), exact(g, x, w, gy)
+    got, want = by_operators(g, *(t.to(device) for t in (x, w, gy)), backend), exact(g, x, w, gy)
     sums = exact(g, x.abs(), w.abs(), gy.abs())
     # Sums of n products in any order (tests/tolerance.py); minimal filtering may cost four times
     # that, as the tolerance asked for says.
@@ -55,7 +55,7 @@ def check(g: Geometry, layout: str, backend: str) -> None:
         if not b.numel():
             continue
         bound = 4 * torch.finfo(torch.float32).eps * (n + 9) * size.max()
-        assert (a.double() - b).abs().max() <= bound
+        assert (a.double().cpu() - b).abs().max() <= bound
     assert dense(got[0], layout).data_ptr() == got[0].data_ptr()
 
 
@@ -96,6 +96,15 @@ def test_gradients_of_layers_are_ours(layer, layout, monkeypatch):
     if groups > 1:
         monkeypatch.setattr(torch_ops_gradients, "_framework", refused)
     check(g, layout, "auto" if groups > 1 else "c")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last_3d"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_gradients_of_layers_on_a_gpu(layer, layout, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
+    x, w, groups, stride, padding = LAYERS[layer]
+    check(Geometry.of(x, w, stride, padding, 1, groups), layout, "auto", "cuda")
 
 
 @pytest.mark.parametrize("expanded", [True, False])
