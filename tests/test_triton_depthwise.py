@@ -196,7 +196,8 @@ WINDOWS = {
 @layouts
 @pytest.mark.parametrize("case", WINDOWS.values(), ids=WINDOWS.keys())
 def test_gradients_are_exact_on_integers(case, layout):
-    plan = plan_of(6, layout=layout, **case)
+    # Contiguous channels are programs of their own.
+    plan = plan_of(6 if layout == CHANNELS_LAST else 2, layout=layout, **case)
     assert gradients.supports(plan.geometry, plan.dtype) is None
     x, w, gy = arrays(plan)
     _, gx, gw = exact(plan, x, w, gy)
@@ -222,13 +223,13 @@ def test_weight_gradient_shares_and_repeats(layout):
 @layouts
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_precisions(dtype, layout):
-    plan = plan_of(8, (4, 5, 6), (3, 3, 3), 1, 1, dtype=dtype, layout=layout)
+    plan = plan_of(4, (3, 4, 6), (3, 3, 3), 1, 1, dtype=dtype, layout=layout)
     x, w, gy = arrays(plan, integers=False)
     y, gx, gw = exact(plan, x, w, gy)
     largest = [float(t.max()) for t in exact(plan, x.abs(), w.abs(), gy.abs())]
     assert_close(forward(plan, x, w), y, 27, largest[0], dtype)
     assert_close(input_gradient(plan, gy, w), gx, 27, largest[1], dtype)
-    assert_close(weight_gradient(plan, x, gy), gw, 4 * 5 * 6, largest[2], dtype)
+    assert_close(weight_gradient(plan, x, gy), gw, 3 * 4 * 6, largest[2], dtype)
 
 
 @layouts
@@ -250,8 +251,8 @@ def test_epilogues_of_half_precisions(dtype, layout):
 @layouts
 @pytest.mark.parametrize("multiplier", [1, 2])
 def test_wide_offsets_give_the_same_bits(layout, multiplier):
-    case = dict(size=(5, 6, 7), kernel=(3, 3, 3), stride=(1, 2, 1), padding=1, batch=2)
-    plan = plan_of(4, multiplier=multiplier, layout=layout, **case)
+    case = dict(size=(3, 4, 5), kernel=(2, 3, 2), stride=(1, 2, 1), padding=1, batch=2)
+    plan = plan_of(2, multiplier=multiplier, layout=layout, **case)
     wide = replace(plan, config=(*plan.config, ("wide", 1)))
     assert "int64" in text_of(depthwise.launches(wide)[0])
     x, w, gy = arrays(plan, integers=False)
