@@ -46,7 +46,7 @@ test: $(INSTALLED)  ## run the tests (TESTS="tests/test_video.py -x")
 # Memory and undefined behaviour first, then data races: the thread sanitizer does not see into
 # OpenMP's library, so that build has threads of its own. Python itself is not instrumented.
 SANITIZED := tests/test_winograd.py tests/test_depthwise.py tests/test_grouped.py tests/test_hfa.py \
-	tests/test_continual.py
+	tests/test_continual.py tests/test_gradients.py
 sanitize: $(INSTALLED)  ## the C kernels' tests under the address, undefined behaviour and thread sanitizers
 	bash tests/sanitize.sh $(BIN)/python address,undefined $(SANITIZED)
 	bash tests/sanitize.sh $(BIN)/python thread $(SANITIZED)
@@ -78,7 +78,7 @@ gpu:  ## check and time everything on this machine's GPU (OUT=folder for the row
 	$(GPU_PYTHON) -m pip install --disable-pip-version-check --quiet --no-index --no-deps \
 		--no-build-isolation --target build/gpu-site .
 	wrong=0; PYTHONPATH=build/gpu-site FASTCONV_TEST_BACKENDS=triton $(GPU_PYTHON) -P -m pytest -q \
-		$(if $(GPU_XDIST),-n 12) -p no:cacheprovider $(GPU_TESTS) || wrong=1; \
+		$(if $(GPU_XDIST),-n 12) -p no:cacheprovider -p no:benchmark $(GPU_TESTS) || wrong=1; \
 	cd build/gpu-site && $(GPU_PYTHON) -m fastconv bench gpu --out $(abspath $(OUT)) $(GPU) && exit $$wrong
 
 clean:  ## remove everything that was created, .venv too

@@ -24,6 +24,7 @@ class Peer:
     short     the head of its column
     cuda_kinds  on a GPU for these kinds alone
     process   on a CPU, peers of the same name here are timed in one process; '' stands for `name`
+    streams   it has continual networks
     """
 
     name: str
@@ -35,6 +36,7 @@ class Peer:
     devices: tuple[str, ...] = ("cpu", "cuda")
     process: str = ""
     cuda_kinds: tuple[str, ...] | None = None
+    streams: bool = False
 
     def missing(self) -> str | None:
         """None, or why it cannot run here at all."""
@@ -107,7 +109,8 @@ _ALL = (
         "co",
         ("continual", "torch"),
         runtimes.continual,
-        ("streams",),
+        ("streams", "networks"),
+        streams=True,
     ),
     # Last, for compiling a network takes longer than timing it.
     Peer(

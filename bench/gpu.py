@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 from fastconv import backends
 
-from . import baselines, cases, machine, no_gpu, results, run
+from . import baselines, cases, machine, no_gpu, ours, problems, results, run
+from .cases import Case
 from .contenders import Settings
 from .job import set_up
 from .ours import Choice
 from .results import Document
 
 DTYPES = ("float32", "bfloat16")
+WORKERS = 12
 
 
 def main(args: argparse.Namespace) -> int:
@@ -27,8 +32,9 @@ def main(args: argparse.Namespace) -> int:
     path = results.target(str(folder / f"{machine.kind('cuda')}.json"), "")
     chosen = cases.select(cases.KINDS, args.filter, traced=False, dtypes=DTYPES, device="cuda")
     chosen.sort(key=lambda case: case.kind == "networks")  # they take longest: both precisions last
-    settings = Settings(args.threads or machine.cpus(), device="cuda", budget_s=0.3)
+    settings = Settings(args.threads or machine.cpus(), device="cuda", budget_s=0.2)
     set_up(settings)
+    compile_all(chosen, settings)
     document = Document(machine.facts("cuda"), run.described(settings, Choice()), path=path)
     peers = baselines.select("all", "cuda")
     code = run.execute(document, chosen, peers, Choice(), settings, args.limit)
@@ -38,3 +44,20 @@ def main(args: argparse.Namespace) -> int:
         plots.write(document, folder)
     print(f"rows are in {folder}")
     return code
+
+
+def compile_all(chosen: Sequence[Case], settings: Settings) -> None:
+    """Have our kernels compiled by several processes at once: Triton keeps them on disk."""
+    slowest_first = sorted(chosen, key=lambda case: case.kind != "networks")
+    workers = min(WORKERS, settings.threads, len(chosen))
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(_compile, case, settings) for case in slowest_first]
+        for case, future in zip(run.progress(slowest_first, "compiling"), futures, strict=True):
+            if future.exception() is not None:
+                print(f"{case.name}: {future.exception()}", file=sys.stderr)
+
+
+def _compile(case: Case, settings: Settings) -> None:
+    """Run a case once."""
+    set_up(settings)
+    ours.prepare(problems.make(case, None, settings.device), Choice(), settings).call()

@@ -46,7 +46,7 @@ def add(commands: Any) -> None:
     gpu.add_argument("--out", required=True, metavar="DIR", help="the folder of all rows")
     gpu.add_argument("--threads", type=_positive, help="default: every CPU of this process")
     text = "seconds after which no further case is begun; default: %(default)g"
-    gpu.add_argument("--limit", type=_seconds, default=300.0, metavar="S", help=text)
+    gpu.add_argument("--limit", type=_seconds, default=280.0, metavar="S", help=text)
     gpu.add_argument("--filter", action="append", default=[], metavar="TEXT", help="only these")
     gpu.set_defaults(command=_gpu)
 

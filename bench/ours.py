@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from fastconv import backends, ops, planner
+from fastconv import backends, continual, ops, planner
 from fastconv.geometry import Geometry
 from fastconv.plan import CHANNELS_LAST, CONTIGUOUS, Plan
 
+from . import continual_networks
 from .contenders import Prepared, Settings, as_array, in_place, inputs, tensor
 from .problems import Problem
 from .torch_peers import forward_backward
@@ -30,6 +31,8 @@ class Choice:
 
 def prepare(problem: Problem, choice: Choice, settings: Settings) -> Prepared:
     """Raises UnsupportedError or BackendError with the reason if this choice cannot run."""
+    if problem.clip is not None:
+        return continual_networks.ours(problem, choice.backend, settings)
     if problem.case.kind == "networks":
         return _network(problem, choice, settings)
     if problem.case.kind == "streams":
@@ -124,7 +127,7 @@ def _stream(problem: Problem, choice: Choice, settings: Settings) -> Prepared:
     assert isinstance(plan.geometry, Geometry)
     weight, bias, w = problem.weights[0], problem.biases[0], None
     if plan.device != "cpu":
-        from fastconv import torch_ops
+        from fastconv import torch_continual
 
         def put(array: np.ndarray | None, layout: str = plan.layout) -> Any:
             return tensor(array, layout, plan.dtype, plan.device)
@@ -132,21 +135,21 @@ def _stream(problem: Problem, choice: Choice, settings: Settings) -> Prepared:
         frames = [put(frame) for frame in problem.x]
         w, b = put(weight, CONTIGUOUS), put(bias)
 
-        def step(frame: Any, state: ops.State) -> Any:
-            return torch_ops.continual_step(plan, frame, state, w, b, None)
+        def step(frame: Any, state: continual.State) -> Any:
+            return torch_continual.step(plan, frame, state, w, b, None)
     else:
         frames, packed = [laid_out(f, plan.layout) for f in problem.x], ops.pack(plan, weight)
         shape = (*plan.geometry.y_shape[:2], *plan.geometry.y_shape[3:])
 
-        def step(frame: Any, state: ops.State) -> Any:
+        def step(frame: Any, state: continual.State) -> Any:
             y = empty(shape, plan.layout)
-            ops.run_step(plan, frame, packed, bias, None, state, y)
+            continual.run_step(plan, frame, packed, bias, None, state, y)
             return y
 
     dilation = plan.geometry.dilation
 
-    def fresh() -> ops.State:
-        return ops.continual_state(frames[0], weight if w is None else w, dilation)
+    def fresh() -> continual.State:
+        return continual.continual_state(frames[0], weight if w is None else w, dilation)
 
     def output() -> np.ndarray:
         state = fresh()
@@ -168,7 +171,11 @@ def _network(problem: Problem, choice: Choice, settings: Settings) -> Prepared:
     xs = inputs(problem.x, choice.layout, dtype, settings)
     assert problem.model is not None
     source = copy.deepcopy(problem.model).to(settings.device, getattr(torch, dtype))
-    model, report = accelerate(source, next(xs), backend=choice.backend, check=False)
+    # Planned under the flags under which it runs.
+    accelerated = in_place(
+        lambda: accelerate(source, next(xs), backend=choice.backend, check=False), settings
+    )
+    model, report = accelerated()
     plans = tuple(layer.plan for layer in report.layers if layer.plan is not None)
     used = "+".join(dict.fromkeys(plan.backend for plan in plans))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +48,8 @@ class Problem:
     model       the network, in eval mode
     want        the exact output in float64: of the last frame, for `streams`; a tensor on a GPU
     gradient    what stands for the gradient of the output; None but for `training`
+    clip        of a continual network: the problem of its clip network, which peers without streams
+                get in its place
     direct_rms  relative rms error expected of a direct computation in float32
     """
 
@@ -60,6 +62,7 @@ class Problem:
     stages: tuple[Geometry, ...] = ()
     model: nn.Module | None = field(default=None, repr=False)
     gradient: np.ndarray | None = None
+    clip: Problem | None = field(default=None, repr=False)
 
     @property
     def epilogues(self) -> tuple[Epilogue, ...]:
@@ -199,6 +202,11 @@ def _network(case: Case, folder: str | None, device: str) -> Problem:
     """The seeded network on random noise; PyTorch's own error in float32 is the measure."""
     from fastconv.zoo import NETWORKS, build
 
+    from . import continual_networks
+
+    if case.target in continual_networks.NETWORKS:
+        clip = replace(case, target=continual_networks.NETWORKS[case.target])
+        return continual_networks.problem_of(case, _network(clip, folder, device))
     if case.target not in NETWORKS:
         raise UnsupportedError(f"the zoo of this version has no {case.target}")
     import torch

@@ -59,14 +59,18 @@ def of_case(
     makers: dict[str, Callable[[], Prepared]] = {
         OURS: lambda: ours.prepare(problem, choice, settings)
     }
+    asked = {OURS: problem}
     for peer in peers:
         refusal = peer.refusal(case.kind, settings.device)
         if refusal is not None:
             rows.append(bare(case, peer.name, *refusal))
         else:
-            makers[peer.name] = lambda peer=peer: peer.prepare(problem, settings)  # type: ignore[misc]
+            # Who has no streams computes the clip for every frame, which is another answer.
+            given = problem if peer.streams or problem.clip is None else problem.clip
+            asked[peer.name] = given
+            makers[peer.name] = lambda peer=peer, given=given: peer.prepare(given, settings)  # type: ignore[misc]
     for who, maker in makers.items():
-        row, prepared = _checked(case, who, maker, problem)
+        row, prepared = _checked(case, who, maker, asked[who])
         rows.append(row)
         if prepared is not None:
             ready[who] = prepared

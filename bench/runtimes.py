@@ -13,6 +13,7 @@ import numpy as np
 
 from fastconv.errors import UnsupportedError
 
+from . import continual_networks
 from .contenders import Prepared, Settings, as_array, in_place
 from .problems import Problem
 from .torch_peers import module_of, newest, set_weights, window
@@ -86,12 +87,15 @@ def onnxruntime(problem: Problem, settings: Settings) -> Prepared:
 
 
 def continual(problem: Problem, settings: Settings) -> Prepared:
-    """continual-inference's convolution, one `forward_step` per frame."""
+    """continual-inference's convolution or network, one `forward_step` per frame."""
     with quiet():
         import continual
     import torch
 
     _float32(problem)
+    if problem.case.kind == "networks":
+        with quiet():
+            return continual_networks.continual_inference(problem, settings)
     g = problem.stages[0]
     if g.dilation[0] != 1:
         raise UnsupportedError("continual-inference refuses temporal dilation")

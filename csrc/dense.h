@@ -14,7 +14,8 @@
    rows     [tap][rows_step]: addresses of inputs, `shift` floats before what is read
    zeros    the address that stands for padding: taps that all rows have there are left out
    pixel    floats from a row's inputs to those of the row behind it, which are asked for
-   fetch    floats from c to memory that will be written soon, or 0
+   fetch    floats from c to memory that will be written soon, and from residual to what will be
+            read, or 0
    the rest as in gemm_job, with one row of c behind the other */
 typedef struct {
     const float *const *rows;
@@ -32,6 +33,12 @@ INLINE void dense_body(int rows, int nv, const dense_job *g) {
         for (int i = 0; i < rows; i++, line += g->c_stride)
             UNROLL
             for (int j = 0; j < nv * VL; j += FC_LINE) prefetch_write(line + j);
+        if (g->residual) { /* from far away: nobody has read it since it was written */
+            const float *added = g->residual + g->fetch;
+            for (int i = 0; i < rows; i++, added += g->c_stride)
+                UNROLL
+                for (int j = 0; j < nv * VL; j += FC_LINE) prefetch_far(added + j);
+        }
     }
     vec sum[MAX_ROWS * 4];
     UNROLL
@@ -217,21 +224,31 @@ static void dense_products(const dense_call *d, const float *const *table, const
         }
 }
 
+INLINE void dense_scale_pixel(const float *x, const float *scale, float *scaled, int64_t channels,
+                              int activation) {
+    int64_t j = 0;
+    for (; j + VL <= channels; j += VL)
+        vstore(scaled + j, vactivate(vload(x + j) * vload(scale + j), activation));
+    if (j < channels) {
+        int64_t n = channels - j;
+        vec z = vload_n(x + j, n) * vload_n(scale + j, n);
+        vstore_n(scaled + j, vactivate(z, activation), n);
+    }
+}
+
 /* Replace the inputs of a block, of one tap, by activation(input * scale): scaled (pixels, C). */
 static void dense_scale(const dense_call *d, const float **table, const float *zeros, int64_t begin,
                         int64_t end, float *scaled) {
     const fc_geometry *g = &d->params->geometry;
     int64_t channels = g->in_channels;
     int64_t of_image = g->out_size[0] * g->out_size[1] * g->out_size[2];
+    int activation = d->params->input_activation;
     for (int64_t q = begin; q < end; q++, table++, scaled += channels) {
         if (*table == zeros) continue;
         const float *x = *table, *scale = d->arrays->bias[1] + q / of_image * channels;
-        for (int64_t j = 0; j < channels; j += VL) {
-            int64_t n = vcount(channels, j);
-            vstore_n(scaled + j, vload_n(x + j, n) * vload_n(scale + j, n), n);
-        }
-        if (d->params->input_activation)
-            activate_rows(scaled, channels, 1, channels, d->params->input_activation);
+        if (activation == FC_SILU) dense_scale_pixel(x, scale, scaled, channels, FC_SILU);
+        else if (!activation) dense_scale_pixel(x, scale, scaled, channels, FC_NONE);
+        else dense_scale_pixel(x, scale, scaled, channels, activation);
         *table = scaled;
     }
 }

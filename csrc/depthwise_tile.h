@@ -60,12 +60,27 @@ INLINE void tile_ahead(int in_rows, int in_cols, int rows, int cols, const dw_ti
     }
 }
 
+enum { MOST_TILE_OUTS = 21 };
+
 /* The end of a tile: residual, activation, store. */
 INLINE void tile_store(int rows, int cols, const dw_tile *g, int64_t channel, const vec *sum) {
     int64_t y_row = g->y_row, y_col = g->y_col;
     float *y = g->y + channel;
     const float *residual = g->residual ? g->residual + channel : NULL;
     vec low = vset(activation_floor(g->activation));
+    if (activates_later(g->activation)) { /* before the store: pixels seldom begin with a cache line */
+        vec later[MOST_TILE_OUTS];
+        UNROLL
+        for (int i = 0; i < rows * cols; i++) {
+            later[i] = sum[i];
+            if (residual) later[i] += vload(residual + i / cols * y_row + i % cols * y_col);
+        }
+        activate_sums(later, rows * cols, g->activation);
+        UNROLL
+        for (int i = 0; i < rows * cols; i++)
+            vstore(y + i / cols * y_row + i % cols * y_col, later[i]);
+        return;
+    }
     UNROLL
     for (int i = 0; i < rows; i++) {
         float *p = y + i * y_row;
@@ -76,9 +91,6 @@ INLINE void tile_store(int rows, int cols, const dw_tile *g, int64_t channel, co
             vstore(p, vmax(z, low));
         }
     }
-    if (activates_later(g->activation))
-        for (int i = 0; i < rows; i++)
-            activate_rows(y + i * y_row, y_col, cols, VL, g->activation);
 }
 
 /* Only the kw - 1 outermost columns on either side may be outside: which of those column q is, or
@@ -88,7 +100,7 @@ INLINE int tile_outer(int q, int in_cols, int kw) {
     return q > in_cols - kw ? q - (in_cols - kw) + kw - 2 : -1;
 }
 
-enum { MOST_TILE_TAPS = 7, MOST_OUTER = 2 * (MOST_TILE_TAPS - 1), MOST_TILE_OUTS = 21, HELD_TAPS = 9 };
+enum { MOST_TILE_TAPS = 7, MOST_OUTER = 2 * (MOST_TILE_TAPS - 1), HELD_TAPS = 9 };
 
 /* Loads of columns that may be outside, without a branch: a mask, or the address of zeros. */
 #if VL == 16

@@ -24,6 +24,8 @@ const char *fc_isa_name(int isa) {
     return isa >= 0 && isa < (int)(sizeof sets / sizeof *sets) ? sets[isa]->name : NULL;
 }
 
+const fc_isa *fc_set(int isa) { return sets[isa]; }
+
 int fc_isa_usable(int isa) { return sets[isa]->usable(); }
 
 int fc_isa_lanes(int isa) { return sets[isa]->lanes; }
@@ -89,28 +91,12 @@ void fc_parallel_for(int threads, int64_t items, fc_item item, void *context) {
     for (int64_t i = 0; i < items; i++) item(context, i, 0);
 }
 
-/* Floats of the table of a step's frames. */
-static int64_t table_size(const fc_plan *p) {
-    const fc_continual *c = p->params;
-    int64_t floats = (int64_t)sizeof(intptr_t) / (int64_t)sizeof(float);
-    return fc_lines(p->batch * c->taps * floats);
-}
-
 int64_t fc_copies_size(const fc_plan *p) {
+    if (p->family == FC_CONTINUAL) return FC_LINE + fc_step_copies(p);
+    if (!p->contiguous) return FC_LINE;
     int64_t x = p->batch * p->in_channels * p->in_points;
     int64_t y = p->batch * p->out_channels * p->out_points;
-    int64_t table = 0;
-    if (p->family == FC_CONTINUAL) {
-        table = table_size(p);
-        x *= ((const fc_continual *)p->params)->taps;
-    }
-    if (!p->contiguous) return FC_LINE + table;
-    return FC_LINE + table + fc_lines(x) + (p->has_residual ? 2 : 1) * fc_lines(y);
-}
-
-static float *line_up(intptr_t workspace) {
-    intptr_t line = FC_LINE * (intptr_t)sizeof(float);
-    return (float *)((workspace + line - 1) / line * line);
+    return FC_LINE + fc_lines(x) + (p->has_residual ? 2 : 1) * fc_lines(y);
 }
 
 /* Where the copies of residual and y go, cut from the workspace; to be followed by the kernel and
@@ -119,8 +105,8 @@ static float *copy_residual(const fc_isa *isa, const fc_plan *p, fc_arrays *a) {
     int64_t y_size = fc_lines(p->batch * p->out_channels * p->out_points);
     float *y = a->y, *residual = a->workspace + y_size;
     if (a->residual) {
-        isa->transpose(a->residual, p->out_points, residual, p->batch, p->out_channels,
-                       p->out_points, a->threads);
+        isa->transpose(a->residual, p->out_points, residual, p->out_channels, p->batch,
+                       p->out_channels, p->out_points, a->threads);
         a->residual = residual;
     }
     a->y = a->workspace;
@@ -129,7 +115,8 @@ static float *copy_residual(const fc_isa *isa, const fc_plan *p, fc_arrays *a) {
 }
 
 static void y_back(const fc_isa *isa, const fc_plan *p, const fc_arrays *a, float *y) {
-    isa->transpose(a->y, p->out_channels, y, p->batch, p->out_points, p->out_channels, a->threads);
+    isa->transpose(a->y, p->out_channels, y, p->out_points, p->batch, p->out_points,
+                   p->out_channels, a->threads);
 }
 
 void fc_run(const fc_plan *p, intptr_t x, intptr_t weights, intptr_t bias, intptr_t bias1,
@@ -140,7 +127,7 @@ void fc_run(const fc_plan *p, intptr_t x, intptr_t weights, intptr_t bias, intpt
                    .bias = {(const float *)bias, (const float *)bias1, (const float *)bias2},
                    .residual = (const float *)residual,
                    .y = (float *)y,
-                   .workspace = line_up(workspace),
+                   .workspace = fc_line_up(workspace),
                    .threads = threads};
     if (!p->contiguous) {
         isa->run[p->family](p->params, &a);
@@ -148,73 +135,33 @@ void fc_run(const fc_plan *p, intptr_t x, intptr_t weights, intptr_t bias, intpt
     }
     float *last = a.workspace;
     a.workspace += fc_lines(p->batch * p->in_channels * p->in_points);
-    isa->transpose(a.x, p->in_points, last, p->batch, p->in_channels, p->in_points, threads);
+    isa->transpose(a.x, p->in_points, last, p->in_channels, p->batch, p->in_channels, p->in_points,
+                   threads);
     a.x = last;
     float *target = copy_residual(isa, p, &a);
     isa->run[p->family](p->params, &a);
     y_back(isa, p, &a, target);
 }
 
-typedef struct {
-    const float *x;
-    float *state;
-    const int64_t *steps;
-    int64_t steps_stride, rows, frame, ring;
-} keep_job;
-
-/* The frame of one stream, of one channel where memory is contiguous, takes its slot. */
-static void keep_item(void *context, int64_t item, int thread) {
-    (void)thread;
-    const keep_job *k = context;
-    int64_t slot = k->steps[item / k->rows * k->steps_stride] % k->ring;
-    memcpy(k->state + (item * k->ring + slot) * k->frame, k->x + item * k->frame,
-           (size_t)k->frame * sizeof(float));
+void fc_run_blend(const fc_blend *p, intptr_t x, intptr_t scale, intptr_t shift, intptr_t residual,
+                  intptr_t y, int threads) {
+    sets[p->isa]->blend(p, (const float *)x, (const float *)scale, (const float *)shift,
+                        (const float *)residual, (float *)y, threads);
 }
 
-enum { FRAME_PER_THREAD = 1 << 15 }; /* floats copied before another thread has started */
+int64_t fc_means_size(const fc_means *p) {
+    return FC_LINE + p->images * FC_MEAN_PARTS * fc_lines(p->channels);
+}
 
-void fc_step(const fc_plan *p, intptr_t x, intptr_t weights, intptr_t bias, intptr_t residual,
-             intptr_t state, intptr_t steps, int64_t steps_stride, intptr_t y, intptr_t workspace,
-             int threads) {
-    const fc_isa *isa = sets[p->isa];
-    const fc_continual *c = p->params;
-    int64_t *seen = (int64_t *)steps, channels = p->in_channels, points = p->in_points;
-    int64_t size = channels * points;
-    fc_arrays a = {.weights = (const float *)weights,
-                   .bias = {(const float *)bias},
-                   .residual = (const float *)residual,
-                   .y = (float *)y,
-                   .workspace = line_up(workspace),
-                   .threads = threads};
-    const float **frames = (const float **)a.workspace;
-    a.workspace += table_size(p);
-    float *copies = a.workspace;
-    if (p->contiguous) a.workspace += fc_lines(p->batch * c->taps * size);
-    for (int64_t n = 0; n < p->batch; n++)
-        for (int64_t k = 0; k < c->taps; k++) {
-            /* Tap k reads the frame of age ring - k * dilation; the oldest lies where x will. */
-            int newest = k == c->taps - 1;
-            int64_t slot = newest ? 0 : (seen[n * steps_stride] + k * c->dilation) % c->ring;
-            const float *from = newest ? (const float *)x + n * size : (const float *)state;
-            if (!p->contiguous) {
-                frames[n * c->taps + k] = newest ? from : from + (n * c->ring + slot) * size;
-                continue;
-            }
-            float *copy = copies + (n * c->taps + k) * size;
-            if (!newest) from += (n * channels * c->ring + slot) * points;
-            isa->transpose(from, newest ? points : c->ring * points, copy, 1, channels, points,
-                           threads);
-            frames[n * c->taps + k] = copy;
-        }
-    float *target = p->contiguous ? copy_residual(isa, p, &a) : NULL;
-    isa->step(c, &a, frames);
-    if (p->contiguous) y_back(isa, p, &a, target);
-    if (c->ring) {
-        keep_job keep = {(const float *)x, (float *)state, seen, steps_stride,
-                         p->contiguous ? channels : 1, p->contiguous ? points : size, c->ring};
-        int64_t items = p->batch * keep.rows;
-        int few = items * keep.frame < 2 * FRAME_PER_THREAD;
-        fc_parallel_for(few ? 1 : threads, items, keep_item, &keep);
-    }
-    for (int64_t n = 0; n < p->batch; n++) seen[n * steps_stride]++;
+void fc_run_means(const fc_means *p, intptr_t x, intptr_t y, intptr_t workspace, int threads) {
+    sets[p->isa]->means(p, (const float *)x, (float *)y, fc_line_up(workspace), threads);
+}
+
+void fc_run_pool(const fc_pool *p, intptr_t x, intptr_t y, int threads) {
+    sets[p->isa]->pool(p, (const float *)x, (float *)y, threads);
+}
+
+void fc_run_turn(const fc_turn *p, intptr_t x, intptr_t y, int threads) {
+    sets[p->isa]->transpose((const float *)x, p->columns, (float *)y, p->rows, p->images, p->rows,
+                            p->columns, threads);
 }

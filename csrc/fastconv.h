@@ -35,11 +35,12 @@ int fc_max_threads(void);
 /* Elements that fc_run takes from the workspace for transposed copies, before the family's own. */
 int64_t fc_copies_size(const fc_plan *plan);
 
-/* One step of an FC_CONTINUAL plan. state (N, C, ring, *frame) and steps, one every `steps_stride`,
-   are written; the rest is as for fc_run. */
+/* One step of an FC_CONTINUAL plan. state (N, C, ring, *frame), or with sums (N, K, ring,
+   *out_frame), and steps, one every `steps_stride`, are written unless update is 0, y where a stream
+   has a column; nothing of streams whose byte of `active` (N) is 0. The rest is as for fc_run. */
 void fc_step(const fc_plan *plan, intptr_t x, intptr_t weights, intptr_t bias, intptr_t residual,
              intptr_t state, intptr_t steps, int64_t steps_stride, intptr_t y, intptr_t workspace,
-             int threads);
+             intptr_t active, int update, int threads);
 
 /* Run a plan: weights as its family packs them, three biases for hfa. The workspace holds
    fc_copies_size plus the family's own elements, with whatever alignment. */

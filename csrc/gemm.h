@@ -52,28 +52,37 @@ INLINE void gemm_finish(int rows, int nv, vec *sum, float *c, int64_t c_stride, 
             UNROLL
             for (int i = 0; i < rows; i++) sum[i * nv + j] += shift;
         }
+        if (residual && n == VL) {
+            UNROLL
+            for (int i = 0; i < rows; i++)
+                sum[i * nv + j] += vload(residual + i * c_stride + j * VL);
+        } else if (residual && n) {
+            UNROLL
+            for (int i = 0; i < rows; i++)
+                sum[i * nv + j] += vload_n(residual + i * c_stride + j * VL, n);
+        }
+    }
+    if (activates_later(activation)) { /* a copy, so that sums otherwise stay in registers */
+        vec later[MAX_ROWS * 4];
+        UNROLL
+        for (int i = 0; i < rows * nv; i++) later[i] = sum[i];
+        activate_sums(later, rows * nv, activation);
+        UNROLL
+        for (int i = 0; i < rows * nv; i++) sum[i] = later[i];
+    }
+    UNROLL
+    for (int j = 0; j < nv; j++) {
+        int64_t n = vcount(columns, j * VL);
         if (n == VL) {
-            if (residual) {
-                UNROLL
-                for (int i = 0; i < rows; i++)
-                    sum[i * nv + j] += vload(residual + i * c_stride + j * VL);
-            }
             UNROLL
             for (int i = 0; i < rows; i++)
                 vstore(c + i * c_stride + j * VL, vmax(sum[i * nv + j], low));
         } else if (n) {
-            if (residual) {
-                UNROLL
-                for (int i = 0; i < rows; i++)
-                    sum[i * nv + j] += vload_n(residual + i * c_stride + j * VL, n);
-            }
             UNROLL
             for (int i = 0; i < rows; i++)
                 vstore_n(c + i * c_stride + j * VL, vmax(sum[i * nv + j], low), n);
         }
     }
-    if (activates_later(activation))
-        activate_rows(c, c_stride, rows, fc_min(columns, nv * VL), activation);
 }
 
 INLINE void gemm_body(int rows, int nv, int ahead, const gemm_job *g, int64_t row) {

@@ -11,6 +11,8 @@
 #include "grouped.h"
 #include "hfa.h"
 #include "continual.h"
+#include "gradients.h"
+#include "elementwise.h"
 #include "families.h"
 
 #define FC_LINE 16 /* floats of a cache line */
@@ -31,17 +33,37 @@ typedef struct {
     int lanes;
     int (*usable)(void);
     fc_kernel run[FC_FAMILIES];
-    /* A column of a stream from the frames (N, taps) that its taps read. */
-    void (*step)(const fc_continual *params, const fc_arrays *arrays, const float *const *frames);
-    /* Each of `images` matrices (rows, columns), rows from_stride apart, to (columns, rows). */
-    void (*transpose)(const float *from, int64_t from_stride, float *to, int64_t images,
-                      int64_t rows, int64_t columns, int threads);
+    /* Columns of streams from the frames (streams, taps) that their taps read. */
+    void (*step)(const fc_continual *params, const fc_arrays *arrays, const float *const *frames,
+                 int64_t streams);
+    /* Each of `images` matrices (rows, columns), rows from_stride apart, to (columns, rows), those
+       to_stride apart; images follow each other. */
+    void (*transpose)(const float *from, int64_t from_stride, float *to, int64_t to_stride,
+                      int64_t images, int64_t rows, int64_t columns, int threads);
+    /* As in gradients.h, channels last; the workspace begins at a cache line. */
+    void (*weight_gradient)(const fc_gradient *params, const float *x, const float *gy, float *gw,
+                            float *workspace, int threads);
+    void (*input_gradient)(const fc_gradient *params, const float *gy, const float *w, float *gx,
+                           float *workspace, int threads);
+    void (*blend)(const fc_blend *params, const float *x, const float *scale, const float *shift,
+                  const float *residual, float *y, int threads);
+    void (*means)(const fc_means *params, const float *x, float *y, float *workspace, int threads);
+    void (*pool)(const fc_pool *params, const float *x, float *y, int threads);
 } fc_isa;
+
+const fc_isa *fc_set(int isa);
+
+/* Elements that fc_step takes from the workspace before the inner family's own. */
+int64_t fc_step_copies(const fc_plan *plan);
 
 /* Call item(context, i, thread) for every i below items, in any order; thread < threads. */
 typedef void (*fc_item)(void *context, int64_t i, int thread);
 void fc_parallel_for(int threads, int64_t items, fc_item item, void *context);
 
+static inline float *fc_line_up(intptr_t workspace) {
+    intptr_t line = FC_LINE * (intptr_t)sizeof(float);
+    return (float *)((workspace + line - 1) / line * line);
+}
 static inline int64_t fc_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t fc_min(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t fc_max(int64_t a, int64_t b) { return a > b ? a : b; }

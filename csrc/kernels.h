@@ -10,6 +10,9 @@
 #include "grouped.c"
 #include "hfa.c"
 #include "continual.c"
+#include "weight_gradient.h"
+#include "input_gradient.h"
+#include "elementwise.c"
 
 const fc_isa ISA = {
     .name = ISA_NAME,
@@ -17,6 +20,11 @@ const fc_isa ISA = {
     .usable = usable,
     .transpose = transpose,
     .step = continual_frames,
+    .weight_gradient = weight_gradient,
+    .input_gradient = input_gradient,
+    .blend = blend_run,
+    .means = means_run,
+    .pool = pool_run,
     .run = {[FC_WINOGRAD] = winograd_run,
             [FC_DEPTHWISE] = depthwise_run,
             [FC_GROUPED] = grouped_run,

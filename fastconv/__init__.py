@@ -13,6 +13,10 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from fastconv import nn as nn
     from fastconv import zoo as zoo
+    from fastconv.continual import continual_state as continual_state
+    from fastconv.continual import continual_step as continual_step
+    from fastconv.continual import continual_step_functional as continual_step_functional
+    from fastconv.continual import continual_steps as continual_steps
     from fastconv.counts import count as count
     from fastconv.epilogue import Epilogue as Epilogue
     from fastconv.errors import BackendError as BackendError
@@ -22,13 +26,13 @@ if TYPE_CHECKING:
     from fastconv.geometry import Geometry as Geometry
     from fastconv.geometry import SeparableGeometry as SeparableGeometry
     from fastconv.nn.rewrite import accelerate as accelerate
-    from fastconv.ops import continual_state as continual_state
-    from fastconv.ops import continual_step as continual_step
+    from fastconv.nn.to_continual import to_continual as to_continual
     from fastconv.ops import conv1d as conv1d
     from fastconv.ops import conv2d as conv2d
     from fastconv.ops import conv3d as conv3d
     from fastconv.ops import separable_block as separable_block
     from fastconv.planner import plan as plan
+    from fastconv.stream import StreamPool as StreamPool
     from fastconv.transforms import Transform as Transform
     from fastconv.transforms import transform as transform
 else:
@@ -43,8 +47,10 @@ _NUMPY_ALONE = {
     "conv2d": "ops",
     "conv3d": "ops",
     "separable_block": "ops",
-    "continual_step": "ops",
-    "continual_state": "ops",
+    "continual_step": "continual",
+    "continual_step_functional": "continual",
+    "continual_steps": "continual",
+    "continual_state": "continual",
     "explain": "explanation",
     "plan": "planner",
     "tune": "autotune",
@@ -58,7 +64,12 @@ _NUMPY_ALONE = {
     "UnsupportedError": "errors",
     "BackendError": "errors",
 }
-_HOMES = {**_NUMPY_ALONE, "accelerate": "nn.rewrite"}
+_HOMES = {
+    **_NUMPY_ALONE,
+    "accelerate": "nn.rewrite",
+    "to_continual": "nn.to_continual",
+    "StreamPool": "stream",
+}
 _SUBPACKAGES = ("nn", "zoo")
 
 __all__ = ["__version__", *_NUMPY_ALONE]  # a star import must not ask for PyTorch

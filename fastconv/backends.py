@@ -78,6 +78,19 @@ def kernel(family: str, backend: str) -> ModuleType:
         raise BackendError(f"backend {backend!r} does not load: {error}") from error
 
 
+@functools.cache
+def gradients(family: str, backend: str) -> ModuleType | None:
+    """The module with a family's gradient kernels, `fastconv.<folder>.<family>_gradients`.
+
+    None where a backend has none, or cannot run; the reference defines those of all families.
+    """
+    name = "gradients" if backend == "reference" else f"{family}_gradients"
+    path = f"fastconv.{_FOLDERS[backend]}.{name}"
+    if why_not(backend) is not None or not installed(path):
+        return None
+    return importlib.import_module(path)
+
+
 def check(backend: str) -> None:
     """Raise BackendError, with the reason and the alternatives, if a backend cannot run here."""
     if backend not in BACKENDS:

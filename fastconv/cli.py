@@ -1,4 +1,5 @@
-"""`python -m fastconv info | count | tables | explore | demo | tune | transform | bench`."""
+"""`python -m fastconv info | count | tables | explore | demo | stream | tune | transform |
+bench`."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from fractions import Fraction
 from typing import NoReturn
 
 from fastconv import __version__, backends, count_table, explore_report, tune_table, winners
+from fastconv import stream_command as streams
 from fastconv import tables as table_pages
 from fastconv.bench import options as bench_options
 from fastconv.counts import TILES
@@ -64,6 +66,15 @@ def parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--threads", type=_positive, help="default: every CPU this process may use")
     demo.set_defaults(command=_demo)
+
+    stream = commands.add_parser(
+        "stream",
+        help="play videos through a continual network, frame by frame, several at once",
+        epilog=streams.HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    streams.add_options(stream, _positive)
+    stream.set_defaults(command=_stream)
 
     count = commands.add_parser(
         "count",
@@ -174,6 +185,10 @@ def _demo(args: argparse.Namespace) -> int:
     from fastconv import demo
 
     return demo.run(args)
+
+
+def _stream(args: argparse.Namespace) -> int:
+    return streams.run(args)
 
 
 def _count(args: argparse.Namespace) -> int:

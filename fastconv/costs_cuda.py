@@ -103,9 +103,7 @@ def stages(plan: Plan) -> list[Plan]:
 DEPTHWISE, DEPTHWISE_SHARE = 6.5e3, 0.75
 GROUPED = {"ieee": 8.5e3, "tf32": 9e3, "float16": 8e3, "bfloat16": 8e3}
 DENSE = {"ieee": 17e3, "tf32": 60e3, "float16": 150e3, "bfloat16": 150e3}
-WINOGRAD = {"ieee": 18e3, "tf32": 45e3, "float16": 90e3, "bfloat16": 90e3}
 DENSE_SHARE = 0.75
-STAGE_BYTES = 2500.0  # per nanosecond of V and M, which partly stay in the L2 cache
 
 
 def _depthwise(plan: Plan) -> float:
@@ -123,25 +121,10 @@ def _grouped(plan: Plan) -> float:
 
 
 def _winograd(plan: Plan) -> float:
-    """The products of all points, and V and M written and read once where they are stored."""
-    geometry, transforms = plan.geometry, plan.transforms
-    assert isinstance(geometry, Geometry)
-    tiles = prod(-(-o // t.m) for o, t in zip(geometry.out_size, transforms, strict=True))
-    # The axis with most points is transformed by the product itself.
-    largest = max(transforms, key=lambda t: t.alpha)
-    stored = geometry.batch * tiles * prod(t.alpha for t in transforms)
-    phases = prod(geometry.stride)
-    item = ELEMENT_BYTES[plan.dtype]
-    v = stored / largest.alpha * (largest.m + 0.5) * geometry.in_channels * phases * item
-    m = stored / largest.alpha * largest.m * geometry.out_channels * 4
-    staged = sum(t.alpha > 1 for t in transforms) > 1
-    rate = WINOGRAD[precision(plan)] * tile_share(geometry.out_channels)
-    compute = of_plan(plan).multiplications / rate
-    through = 2 * (v + m) / STAGE_BYTES if staged else 0.0
-    moved = _moved(plan) / (DENSE_SHARE * BYTES)
-    if not staged:
-        return max(float(compute), moved) / 1e6 + START_MS
-    return (float(compute) + through + moved) / 1e6 + 3 * START_MS
+    """The kernels' own estimate, which knows their blocks."""
+    from .triton_kernels import winograd_cost
+
+    return winograd_cost.estimate_ms(plan)
 
 
 def _hfa(plan: Plan) -> float:

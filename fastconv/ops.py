@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -17,7 +16,8 @@ from . import backends, planner
 from .epilogue import Epilogue
 from .errors import GeometryError, UnsupportedError
 from .geometry import Geometry, SeparableGeometry
-from .layouts import CONTIGUOUS, dense_layout, is_tensor, layout_of
+from .layouts import CONTIGUOUS, is_tensor, layout_of
+from .layouts import dense_layout as dense_layout
 from .plan import Plan
 
 Array = Any  # np.ndarray or torch.Tensor
@@ -178,8 +178,22 @@ def _conv(
     tolerance: float,
     max_workspace_bytes: int | None,
 ) -> Array:
-    op = f"conv{n}d"
-    _check_arrays(op, input=input, weight=weight, bias=bias, residual=residual)
+    op, key = f"conv{n}d", None
+    if is_tensor(input) and is_tensor(weight):
+        from . import torch_ops
+
+        options = (
+            n, stride, padding, dilation, groups, activation,
+            algorithm, backend, tolerance, max_workspace_bytes,
+        )  # fmt: skip
+        key = torch_ops.key_of(input, weight, bias, residual, options)
+        y = None if key is None else torch_ops.again(key, input, weight, bias, residual)
+        if y is not None:
+            return y
+        if key is None:
+            given = (input, weight, bias, residual)
+            input, weight, bias, residual = torch_ops.as_autocast_does(*given)
+    check_arrays(op, input=input, weight=weight, bias=bias, residual=residual)
     if len(weight.shape) != n + 2:
         raise GeometryError(
             f"{op}: weight must have {n + 2} dimensions, got shape {tuple(weight.shape)}"
@@ -188,11 +202,9 @@ def _conv(
     unbatched = len(input.shape) == n + 1
     if unbatched:
         input, residual = input[None], None if residual is None else residual[None]
-    _check_extras(op, geometry.out_channels, geometry.y_shape, bias, residual)
+    check_extras(op, geometry.out_channels, geometry.y_shape, bias, residual)
     epilogue = Epilogue(bias is not None, activation, residual is not None)
     if is_tensor(input):
-        from . import torch_ops
-
         y = torch_ops.conv(
             input,
             weight,
@@ -200,6 +212,7 @@ def _conv(
             geometry,
             epilogue,
             residual,
+            key=None if unbatched else key,
             algorithm=algorithm,
             backend=backend,
             tolerance=float(tolerance),
@@ -216,8 +229,13 @@ def _conv(
             tolerance=tolerance,
             max_workspace_bytes=max_workspace_bytes,
         )
-        y = execute(plan, input, pack(plan, weight), bias, residual)
+        y = execute(plan, input, pack(plan, weight), _flat(bias), residual)
     return y[0] if unbatched else y
+
+
+def _flat(bias: np.ndarray | None) -> np.ndarray | None:
+    """Kernels that see addresses read one element behind the other."""
+    return None if bias is None else np.ascontiguousarray(bias)
 
 
 def separable_block(
@@ -255,11 +273,16 @@ def separable_block(
             f"{op}: needs three biases and three activations, "
             f"got {len(biases)} and {len(activations)}"
         )
+    if is_tensor(input):
+        from . import torch_ops
+
+        given = torch_ops.as_autocast_does(input, *weights, *biases, residual)
+        input, weights, biases, residual = given[0], tuple(given[1:4]), given[4:7], given[7]
     named = {
         f"{name}_weight": w
         for name, w in zip(("temporal", "depthwise", "pointwise"), weights, strict=True)
     }
-    _check_arrays(
+    check_arrays(
         op,
         input=input,
         **named,
@@ -273,15 +296,13 @@ def separable_block(
         input, residual = input[None], None if residual is None else residual[None]
     for stage, bias in zip(geometry.stages, biases, strict=True):
         last = stage is geometry.pointwise
-        _check_extras(op, stage.out_channels, stage.y_shape, bias, residual if last else None)
+        check_extras(op, stage.out_channels, stage.y_shape, bias, residual if last else None)
     epilogue = (
         Epilogue(biases[0] is not None, activations[0]),
         Epilogue(biases[1] is not None, activations[1]),
         Epilogue(biases[2] is not None, activations[2], residual is not None),
     )
     if is_tensor(input):
-        from . import torch_ops
-
         y = torch_ops.separable_block(
             input,
             weights,
@@ -303,150 +324,8 @@ def separable_block(
             tolerance=tolerance,
             max_workspace_bytes=max_workspace_bytes,
         )
-        y = execute(plan, input, pack(plan, weights), tuple(biases), residual)
+        y = execute(plan, input, pack(plan, weights), tuple(map(_flat, biases)), residual)
     return y[0] if unbatched else y
-
-
-@dataclass(frozen=True)
-class State:
-    """What a continual convolution remembers; both arrays are written in place by `continual_step`.
-
-    frames  (N, C, L, *frame), the last L = dilation * (KT - 1) frames of each stream, as a ring
-    steps   (N,) int64, frames seen by each stream; the next frame goes to slot steps % L
-    """
-
-    frames: Array
-    steps: Array
-
-
-def continual_state(input: Array, weight: Array, dilation: Any = 1) -> State:
-    """An empty state for streams of frames like `input`: zeros, as if zero frames had come before.
-
-    input   (N, C, *frame), an example frame: its shape, precision, layout and kind are taken
-    weight  (K, C / groups, KT, *kernel)
-    """
-    op = "continual_state"
-    _check_arrays(op, input=input, weight=weight)
-    n = len(weight.shape) - 2
-    if len(input.shape) != n + 1:
-        raise GeometryError(
-            f"{op}: input must have {n + 1} dimensions (N, C, *frame), "
-            f"got shape {tuple(input.shape)}"
-        )
-    d = dilation[0] if isinstance(dilation, Sequence) else dilation
-    shape = (input.shape[0], input.shape[1], d * (weight.shape[2] - 1), *input.shape[2:])
-    if is_tensor(input):
-        from . import torch_ops
-
-        return State(*torch_ops.new_state(shape, input))
-    frames = _empty(shape, input.dtype, layout_of(input))
-    frames[...] = 0
-    return State(frames, np.zeros(shape[0], np.int64))
-
-
-def continual_step(
-    input: Array,
-    state: State,
-    weight: Array,
-    bias: Array | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-    *,
-    activation: str = "none",
-    residual: Array | None = None,
-    backend: str = "auto",
-    max_workspace_bytes: int | None = None,
-) -> Array:
-    """One frame in, one output column out; `state` is written in place.
-
-    input     (N, C, *frame), the next frame of N streams; *frame is (H, W), (W,) or nothing
-    state     from `continual_state`
-    weight    (K, C / groups, KT, *kernel)
-    residual  (N, K, *out_frame) or None
-    result    (N, K, *out_frame)
-    stride, padding, dilation: as for the convolution over the whole stream (an int, or one per
-              axis, time first); the temporal stride must be 1 and the temporal padding 0
-
-    Equivalent to column t of `conv3d(stream, weight, bias, ...)` with L = dilation * (KT - 1) zero
-    frames in front. Raises as `conv3d` does; state and output are then untouched.
-    """
-    op = "continual_step"
-    _check_arrays(op, input=input, state=state.frames, weight=weight, bias=bias, residual=residual)
-    geometry = _window_geometry(op, input, state, weight, stride, padding, dilation, groups)
-    _check_extras(
-        op, geometry.out_channels, (*geometry.y_shape[:2], *geometry.y_shape[3:]), bias, residual
-    )
-    tensor = is_tensor(input)
-    layout = _state_layout(op, state.frames)
-    plan = planner.plan(
-        geometry,
-        dtype=str(input.dtype).removeprefix("torch."),
-        device=input.device.type if tensor else "cpu",
-        epilogue=Epilogue(bias is not None, activation, residual is not None),
-        layout=layout,
-        backend=backend,
-        continual=True,
-        max_workspace_bytes=max_workspace_bytes,
-    )
-    if tensor:
-        from . import torch_ops
-
-        return torch_ops.continual_step(plan, input, state, weight, bias, residual)
-    y = _empty((*geometry.y_shape[:2], *geometry.y_shape[3:]), input.dtype, layout)
-    run_step(plan, input, pack(plan, weight), bias, residual, state, y)
-    return y
-
-
-def _window_geometry(
-    op: str,
-    input: Array,
-    state: State,
-    weight: Array,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-) -> Geometry:
-    """The geometry of one output column; checks the state against it."""
-    n = len(weight.shape) - 2
-    ring = tuple(state.frames.shape)
-    if len(input.shape) != n + 1:
-        raise GeometryError(
-            f"{op}: input must have {n + 1} dimensions (N, C, *frame), "
-            f"got shape {tuple(input.shape)}"
-        )
-    frame = tuple(input.shape)
-    first = Geometry.of(
-        (*frame[:2], 1 << 30, *frame[2:]), weight.shape, stride, padding, dilation, groups, op=op
-    )
-    if first.stride[0] != 1:
-        raise UnsupportedError(f"{op}: temporal stride must be 1, got {first.stride[0]}")
-    if first.padding[0] != (0, 0):
-        raise GeometryError(
-            f"{op}: temporal padding must be 0, got {first.padding[0][0]}; "
-            "the state stands in front of the stream"
-        )
-    want = (*frame[:2], first.span[0] - 1, *frame[2:])
-    if ring != want:
-        raise GeometryError(f"{op}: state frames must have shape {want}, got {ring}")
-    steps = state.steps
-    if tuple(steps.shape) != frame[:1] or str(steps.dtype).removeprefix("torch.") != "int64":
-        raise GeometryError(
-            f"{op}: state steps must be int64 of shape {frame[:1]}, "
-            f"got {steps.dtype} {tuple(steps.shape)}"
-        )
-    return replace(first, in_size=(first.span[0], *frame[2:]))
-
-
-def _state_layout(op: str, frames: Array) -> str:
-    layout = dense_layout(frames)
-    if layout is None:
-        raise GeometryError(
-            f"{op}: state frames must be dense, contiguous or channels last; a strided view is not"
-        )
-    return layout
 
 
 def pack(plan: Plan, weights: Any) -> Any:
@@ -459,7 +338,7 @@ def execute(plan: Plan, x: Array, packed: Any, bias: Any, residual: Array | None
 
     x and residual may have any strides; they are copied to plan.layout if they are not dense in it.
     """
-    y = _empty(plan.geometry.y_shape, x.dtype, plan.layout)
+    y = empty(plan.geometry.y_shape, x.dtype, plan.layout)
     run(plan, x, packed, bias, residual, y)
     return y
 
@@ -471,29 +350,11 @@ def run(
     if not y.size:
         return
     module = backends.kernel(plan.family, plan.backend)
-    x, residual = _dense(x, plan.layout), _dense(residual, plan.layout)
+    x, residual = dense(x, plan.layout), dense(residual, plan.layout)
     module.run(plan, x, packed, bias, residual, y, workspace(module.workspace_size(plan), y.dtype))
 
 
-def run_step(
-    plan: Plan,
-    x: np.ndarray,
-    packed: Any,
-    bias: np.ndarray | None,
-    residual: np.ndarray | None,
-    state: State,
-    y: np.ndarray,
-) -> None:
-    """One step of a continual plan on NumPy arrays; writes y and state."""
-    if not x.shape[0]:
-        return
-    module = backends.kernel(plan.family, plan.backend)
-    x, residual = _dense(x, plan.layout), _dense(residual, plan.layout)
-    scratch = workspace(module.workspace_size(plan), y.dtype)
-    module.run(plan, x, packed, bias, residual, state.frames, state.steps, y, scratch)
-
-
-def _dense(array: Array | None, layout: str) -> Array:
+def dense(array: Array | None, layout: str) -> Array:
     """The array itself if it is dense in the layout, else a copy that is."""
     if array is None or layout == CONTIGUOUS:
         return array if array is None else np.ascontiguousarray(array)
@@ -503,7 +364,7 @@ def _dense(array: Array | None, layout: str) -> Array:
     return np.moveaxis(np.ascontiguousarray(last), -1, 1)
 
 
-def _empty(shape: tuple[int, ...], dtype: Any, layout: str) -> np.ndarray:
+def empty(shape: tuple[int, ...], dtype: Any, layout: str) -> np.ndarray:
     if layout == CONTIGUOUS:
         return _aligned(shape, np.dtype(dtype))
     return np.moveaxis(_aligned((shape[0], *shape[2:], shape[1]), np.dtype(dtype)), -1, 1)
@@ -526,7 +387,7 @@ def workspace(size: int, dtype: np.dtype) -> np.ndarray:
     return held[:size]
 
 
-def _check_arrays(op: str, **arrays: Array | None) -> None:
+def check_arrays(op: str, **arrays: Array | None) -> None:
     """One kind, one supported precision, one device for all arrays of a call."""
     given = {name: a for name, a in arrays.items() if a is not None}
     (first, x), *rest = given.items()
@@ -558,7 +419,7 @@ def _check_arrays(op: str, **arrays: Array | None) -> None:
             )
 
 
-def _check_extras(
+def check_extras(
     op: str, channels: int, y_shape: tuple[int, ...], bias: Array | None, residual: Array | None
 ) -> None:
     if bias is not None and tuple(bias.shape) != (channels,):

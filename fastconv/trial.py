@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from . import backends, ops
+from . import backends, continual, ops
 from .geometry import Geometry, SeparableGeometry
 from .layouts import CHANNELS_LAST
 from .plan import Plan, Request
@@ -91,20 +91,20 @@ class Trial:
         frames = [put(self._x[:, :, t], plan.layout) for t in range(self._x.shape[2])]
         weight, dilation = put(self._weights[0], None), self._stages[0].dilation
         if tensors:
-            from .torch_ops import continual_step
+            from .torch_continual import step as step_tensors
 
-            def step(frame: Any, state: ops.State) -> Any:
-                return continual_step(plan, frame, state, weight, bias, residual)
+            def step(frame: Any, state: continual.State) -> Any:
+                return step_tensors(plan, frame, state, weight, bias, residual)
         else:
             packed = ops.pack(plan, weight)
             y = _array(np.empty(self._want.shape, plan.dtype), plan.layout)
 
-            def step(frame: Any, state: ops.State) -> Any:
-                ops.run_step(plan, frame, packed, bias, residual, state, y)
+            def step(frame: Any, state: continual.State) -> Any:
+                continual.run_step(plan, frame, packed, bias, residual, state, y)
                 return y
 
-        def fresh() -> ops.State:
-            return ops.continual_state(frames[0], weight, dilation)
+        def fresh() -> continual.State:
+            return continual.continual_state(frames[0], weight, dilation)
 
         def answer() -> Any:
             state = fresh()

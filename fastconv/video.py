@@ -131,6 +131,23 @@ def read_clip(path: str | os.PathLike[str], preprocessing: Preprocessing) -> Cli
     return Clip(normalise(np.stack(pictures), preprocessing), tuple(indices), rate, total)
 
 
+def read_frames(path: str | os.PathLike[str], preprocessing: Preprocessing) -> Iterator[np.ndarray]:
+    """Every frame of a video as a network expects it, one after the other: (3, H, W) float32.
+
+    Of `preprocessing`, `frames` and `sampling_rate` are not looked at.
+
+    Raises VideoError: no such file, not a video, no PyAV.
+    """
+    if importlib.util.find_spec("av") is None:
+        raise VideoError(f"reading a video needs PyAV, which is not installed: {_HOW_TO_GET}")
+    path = Path(path)
+    if not path.is_file():
+        raise VideoError(f"no such file: {path}")
+    with _opened(path) as container:
+        for frame in container.decode(video=0):
+            yield normalise(_picture(frame, preprocessing)[None], preprocessing)[:, 0]
+
+
 def sample(total: int, frames: int, sampling_rate: int) -> range:
     """The frames of the centre clip: the rate asked for, or the highest that fits in `total`.
 

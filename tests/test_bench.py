@@ -659,6 +659,7 @@ def test_the_gpu_command_writes_all_rows_in_both_precisions(small, bench, tmp_pa
     monkeypatch.setattr(gpu, "Settings", lambda threads, **_: QUICK)
     timed_there = [replace(case, cuda_batch=2) for case in (LAYER, BLOCK)]
     monkeypatch.setattr(gpu, "DTYPES", ("float32",))
+    monkeypatch.setattr(gpu, "compile_all", lambda *_: None)
     monkeypatch.setattr(cases, "table", lambda: [*timed_there, STREAM])
     monkeypatch.setattr(baselines, "select", lambda *_: [])
     code, out, err = bench("gpu", "--out", tmp_path)

@@ -11,22 +11,34 @@ from hypothesis import strategies as st
 
 import cases
 import tolerance
-from fastconv.backends import kernel
+from fastconv.backends import interpreted, kernel
+from fastconv.continual import FORMS, STARTS, state_shape
 from fastconv.epilogue import ACTIVATIONS, Epilogue
 from fastconv.geometry import Geometry
 from fastconv.plan import CHANNELS_LAST, LAYOUTS, Plan
 from fastconv.reference import direct
 
 backends = pytest.mark.parametrize("backend", cases.CPU_BACKENDS)
+# Where an interpreter is slow, half of the pairs.
+memories = pytest.mark.parametrize(
+    ("backend", "layout", "form"),
+    [
+        (backend, layout, form)
+        for backend in cases.CPU_BACKENDS
+        for layout in LAYOUTS
+        for form in FORMS
+        if backend != "triton" or (layout == CHANNELS_LAST) == (form == "ring")
+    ],
+)
 
 
 def plan_for(
     backend, frame_shape, w_shape, stride=1, padding=0, dilation=1, groups=1, *,
-    dtype="float32", layout=CHANNELS_LAST, epilogue=None,
+    dtype="float32", layout=CHANNELS_LAST, epilogue=None, form="ring", start="zeros",
 ) -> Plan:  # fmt: skip
     """frame_shape (N, C, *frame); stride, padding and dilation of the frame, an int or per axis.
 
-    A dilation with one more entry begins with that of time.
+    A stride or dilation with one more entry begins with that of time.
     """
     n = len(w_shape) - 2
 
@@ -40,93 +52,130 @@ def plan_for(
     geometry = Geometry.of(
         x_shape, w_shape, behind_time(stride, 1), behind_time(padding, 0), dilation, groups
     )
-    return Plan("continual", backend, geometry, dtype, epilogue or Epilogue(), layout)
+    plan = Plan("continual", backend, geometry, dtype, epilogue or Epilogue(), layout)
+    return in_form(plan, form, start)
+
+
+def in_form(plan: Plan, form: str, start: str = "zeros") -> Plan:
+    """The plan with a form of memory and with what stands in front of a stream."""
+    config = [("sum", 1)] * (form == "sum") + [("replicate", 1)] * (start == "replicate")
+    return replace(plan, config=tuple(config))
 
 
 class Stream:
     """A backend's continual convolution with its state, every array fenced."""
 
     def __init__(self, plan: Plan, w, bias=None):
-        self.plan, self.bias = plan, bias
+        if plan.backend == "triton":
+            plan = replace(plan, device="cpu" if interpreted() else "cuda")
+        self.plan = plan
         self.module = kernel("continual", plan.backend)
         reason = self.module.supports(plan.geometry, plan.dtype, plan.epilogue)
         assert reason is None, reason
         with cases.isa_of(plan):
             self.packed = self.module.prepack(w, plan)
-        n, c, span, *frame = plan.geometry.x_shape
-        self.state = cases.Fenced((n, c, span - 1, *frame), plan.dtype, plan.layout)
+        self.bias = cases.moved(bias, plan)
+        form = "sum" if plan.options.get("sum") else "ring"
+        shape = state_shape(plan.geometry, form)
+        self.state = cases.Fenced(shape, plan.dtype, plan.layout)
         self.state.array[...] = 0
-        self.steps = np.zeros(n, np.int64)
+        self.steps = np.zeros(shape[0], np.int64)
 
-    def step(self, x, residual=None) -> np.ndarray:
-        """Feed x (N, C, *frame); return the output column (N, K, *out_frame)."""
+    def step(self, x, residual=None, active=None, update=True, into=None) -> np.ndarray:
+        """Feed x (N, C, *frame); return the output column (N, K, *out_frame).
+
+        into  what y holds before, NaN by default
+        """
         plan = self.plan
         n, k, _, *out = plan.geometry.y_shape
         y = cases.Fenced((n, k, *out), plan.dtype, plan.layout)
+        if into is not None:
+            y.array[...] = into
         with cases.isa_of(plan):
             workspace = cases.Fenced((self.module.workspace_size(plan),), plan.dtype)
         x, residual = (a if a is None else cases.laid_out(a, plan.layout) for a in (x, residual))
         before = x.copy()
-        self.module.run(
-            plan, x, self.packed, self.bias, residual, self.state.array, self.steps, y.array,
-            workspace.array,
-        )  # fmt: skip
+        given = [cases.moved(a, plan) for a in (x, residual, self.steps, active)]
+        with self.state.on(plan) as state, y.on(plan) as column, workspace.on(plan) as scratch:
+            self.module.run(
+                plan, given[0], self.packed, self.bias, given[1], state, given[2], column, scratch,
+                given[3], update,
+            )  # fmt: skip
+        if given[2] is not self.steps:
+            self.steps[...] = given[2].cpu().numpy()
         for fenced in (y, workspace, self.state):
             fenced.check()
         assert np.array_equal(x, before, equal_nan=True), "the frame was written"
         return y.array
 
 
-def padded_clip(plan: Plan, frames: np.ndarray) -> Plan:
-    """The clip (N, C, T, *frame) with zeros in front, as a plan whose columns the steps give."""
+def whole_clip(plan: Plan, frames: np.ndarray) -> tuple[Plan, np.ndarray]:
+    """A clip (N, C, T, *frame) whose columns are those of the steps, with what is in front."""
     g = plan.geometry
-    ring = g.in_size[0] - 1
-    clip = replace(
-        g,
-        in_size=(frames.shape[2], *g.in_size[1:]),
-        padding=((ring, 0), *g.padding[1:]),
-    )
-    return replace(plan, family="grouped", geometry=clip)
+    ring, step = g.in_size[0] - 1, g.stride[0]
+    front = ring - ring % step  # from the first column on
+    padding = (front, 0)
+    if plan.options.get("replicate"):
+        first = np.repeat(frames[:, :, :1], front, axis=2)
+        frames, padding = np.concatenate([first, frames], axis=2), (0, 0)
+    clip = replace(g, in_size=(frames.shape[2], *g.in_size[1:]), padding=(padding, *g.padding[1:]))
+    return replace(plan, family="grouped", geometry=clip, config=()), frames
 
 
 def assert_stream_is_its_clip(plan: Plan, times: int, seed: int = 0) -> None:
     g = plan.geometry
+    ring, step = g.in_size[0] - 1, g.stride[0]
+    times = max(times, ring % step + 1)  # one column at least
     frames = cases.random((g.batch, g.in_channels, times, *g.in_size[1:]), seed, plan.dtype)
-    clip = padded_clip(plan, frames)
+    clip, stood = whole_clip(plan, frames)
     _, w, bias, residual = cases.arrays_for(clip, seed)
     stream = Stream(plan, w, bias)
-    columns = [
-        stream.step(frames[:, :, t], None if residual is None else residual[:, :, t])
-        for t in range(times)
-    ]
+    columns = []
+    for t in range(times):
+        has_column, old = (t - ring) % step == 0, cases.random((), t)
+        added = (
+            None if residual is None else residual[:, :, min(len(columns), residual.shape[2] - 1)]
+        )
+        y = stream.step(frames[:, :, t], added, into=old)
+        if has_column:
+            columns.append(y)
+        else:
+            assert (y == old.astype(plan.dtype)).all(), "y was written without a column"
     y = np.stack(columns, axis=2)
-    tolerance.assert_conv_close(y, clip, frames, w, bias, residual)
+    tolerance.assert_conv_close(y, clip, stood, w, bias, residual)
     assert np.array_equal(stream.steps, np.full(g.batch, times))
-    ring = g.in_size[0] - 1
-    for t in range(max(0, times - ring), times):
+    for t in range(max(0, times - ring), times) if not plan.options.get("sum") else ():
         assert np.array_equal(stream.state.array[:, :, t % ring], frames[:, :, t])
 
 
 @st.composite
 def windows(draw):
-    """A geometry as `continual` gets it: no stride and no padding along the first axis."""
+    """A geometry as `continual` gets it: no padding along the first axis, one column."""
     g = draw(cases.geometries(family=draw(st.sampled_from(("depthwise", "grouped", "winograd")))))
     dilation = (draw(st.integers(1, 3)), *g.dilation[1:])
     return replace(
         g,
         in_size=(dilation[0] * (g.kernel[0] - 1) + 1, *g.in_size[1:]),
-        stride=(1, *g.stride[1:]),
+        stride=(draw(st.integers(1, 3)), *g.stride[1:]),
         padding=((0, 0), *g.padding[1:]),
         dilation=dilation,
     )
 
 
+forms = st.sampled_from(FORMS)
+starts = st.sampled_from(STARTS)
+
+
 @backends
-@given(windows(), cases.epilogues(), cases.layouts(), cases.dtypes(), st.integers(1, 6))
-def test_a_stream_is_its_zero_padded_clip(backend, geometry, epilogue, layout, dtype, times):
-    dtype = "float32" if backend == "c" else dtype  # its only one
+@given(
+    windows(), cases.epilogues(), cases.layouts(), cases.dtypes(), forms, starts, st.integers(1, 6)
+)
+def test_a_stream_is_the_clip_behind_what_stands_in_front(
+    backend, geometry, epilogue, layout, dtype, form, start, times
+):
+    dtype = "float32" if backend in cases.FLOAT32_ONLY else dtype
     plan = Plan("continual", backend, geometry, dtype, epilogue, layout)
-    assert_stream_is_its_clip(plan, times)
+    assert_stream_is_its_clip(in_form(plan, form, start), times)
 
 
 # In this order: the frame's shape, the weight's, stride, padding, dilation, groups.
@@ -141,21 +190,31 @@ STREAMS = {
     "spatial_without_state": ((1, 9, 5, 6), (9, 1, 1, 3, 3), 1, 1, 1, 9),
     "dilated_in_time": ((2, 6, 4, 5), (6, 1, 3, 3, 3), 1, 1, (3, 1, 1), 6),
     "two_axes": ((1, 4, 11), (6, 4, 3, 3), 1, 1, (2, 1), 1),
+    "strided_in_time": ((2, 6, 4, 5), (9, 6, 3, 3, 3), (2, 1, 2), 1, 1, 1),
+    "strided_in_time_depthwise": ((2, 6, 4, 5), (6, 1, 4, 3, 3), (3, 1, 1), 1, (2, 1, 1), 6),
     "one_axis": ((3, 17), (17, 1, 4), (), (), (2,), 17),
     "one_axis_dense": ((1, 6), (5, 6, 3), (), (), (1,), 1),
 }
 
 
-@backends
-@pytest.mark.parametrize("layout", LAYOUTS)
+TOO_LARGE_TO_INTERPRET = [
+    STREAMS[name] for name in ("dense", "dense_strided", "grouped", "strided_in_time")
+]
+
+
+@memories
 @pytest.mark.parametrize("stream", STREAMS.values(), ids=STREAMS.keys())
-def test_streams_of_every_kind(backend, stream, layout):
+def test_streams_of_every_kind(backend, stream, layout, form):
+    if backend == "triton" and stream in TOO_LARGE_TO_INTERPRET and interpreted():
+        pytest.skip("too large for an interpreter; its kinds are in test_triton_continual")
     frame, w, stride, padding, dilation, groups = stream
     epilogue = Epilogue(bias=True, residual=True)
     plan = plan_for(
-        backend, frame, w, stride, padding, dilation, groups, layout=layout, epilogue=epilogue
-    )
-    assert_stream_is_its_clip(plan, times=2 * plan.geometry.in_size[0] + 1)
+        backend, frame, w, stride, padding, dilation, groups, layout=layout, epilogue=epilogue,
+        form=form,
+    )  # fmt: skip
+    span = plan.geometry.in_size[0]
+    assert_stream_is_its_clip(plan, times=span + 1 if backend == "triton" else 2 * span + 1)
 
 
 @backends
@@ -210,6 +269,68 @@ def test_a_step_overwrites_the_oldest_frame_and_nothing_else(backend, layout):
     assert stream.steps.tolist() == [6, 11]
 
 
+@memories
+@pytest.mark.parametrize("groups", [1, 6], ids=["dense", "depthwise"])
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_streams_that_are_not_active_are_left_alone(backend, layout, groups, form, start, stride):
+    """Whatever their frame holds; the others go on as if all were."""
+    w_shape, frame = (6, 6 // groups, 3, 3, 3), (4, 6, 4, 5)
+    plan = plan_for(
+        backend, frame, w_shape, (stride, 1, 1), 1, 1, groups, layout=layout, form=form,
+        start=start, epilogue=Epilogue(True, "relu", True),
+    )  # fmt: skip
+    w, bias = cases.random(w_shape, 0), cases.random((6,), 1)
+    stalling, steady = Stream(plan, w, bias), Stream(plan, w, bias)
+    active = np.array([True, False, False, True])
+    for t in range(3):
+        x, r = cases.random(frame, 10 + t), cases.random(frame, 20 + t)
+        want = steady.step(x, r, into=7.0)
+        state = stalling.state.array.copy()
+        x[~active] = np.nan
+        got = stalling.step(x, r, active, into=7.0)
+        assert np.array_equal(got[active], want[active])
+        assert (got[~active] == 7.0).all()
+        assert np.array_equal(stalling.state.array[~active], state[~active])
+        assert np.array_equal(stalling.state.array[active], steady.state.array[active])
+    assert stalling.steps.tolist() == [3, 0, 0, 3]
+
+
+@memories
+@pytest.mark.parametrize("groups", [1, 6], ids=["dense", "depthwise"])
+@pytest.mark.parametrize("start", STARTS)
+def test_a_look_ahead_is_the_next_column_and_writes_no_state(backend, layout, groups, form, start):
+    w_shape, frame = (6, 6 // groups, 3, 3, 3), (2, 6, 4, 5)
+    plan = plan_for(
+        backend, frame, w_shape, 1, 1, (2, 1, 1), groups, layout=layout, form=form, start=start,
+    )  # fmt: skip
+    stream = Stream(plan, cases.random(w_shape, 0))
+    for t in range(3):
+        x = cases.random(frame, t + 1)
+        state, steps = stream.state.array.copy(), stream.steps.copy()
+        ahead = stream.step(x, update=False)
+        assert np.array_equal(stream.state.array, state)
+        assert np.array_equal(stream.steps, steps)
+        assert np.array_equal(stream.step(x), ahead)
+
+
+@backends
+@pytest.mark.parametrize("groups", [1, 6], ids=["dense", "depthwise"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_sums_forget_what_a_slot_held(backend, groups, stride):
+    """The first tap to reach a column overwrites: nothing is older than L frames."""
+    w_shape, frame = (6, 6 // groups, 3, 3, 3), (1, 6, 4, 5)
+    plan = plan_for(backend, frame, w_shape, (stride, 1, 1), 1, (2, 1, 1), groups, form="sum")
+    old, new = (Stream(plan, cases.random(w_shape, 0)) for _ in range(2))
+    old.state.array[...] = np.nan
+    ring = plan.geometry.in_size[0] - 1
+    for t in range(2 * ring + 2):
+        x = cases.random(frame, t + 1)
+        got, want = old.step(x, into=0.0), new.step(x, into=0.0)
+        if t >= ring:
+            assert np.array_equal(got, want)
+
+
 @backends
 def test_only_the_frames_of_the_taps_are_read(backend):
     """With dilation, the frames between two taps may hold anything."""
@@ -228,28 +349,48 @@ def test_no_streams_give_no_columns(backend, layout):
     assert stream.step(np.empty((0, 4, 5, 6), np.float32)).shape == (0, 4, 5, 6)
 
 
-@pytest.mark.skipif("numba" not in cases.CPU_BACKENDS, reason="no numba")
-@pytest.mark.parametrize("unrolled", [0, 1])
+DIRECT = [b for b in cases.CPU_BACKENDS if b in ("numba", "c")]
+
+
+@pytest.mark.parametrize("backend", DIRECT)
+@pytest.mark.parametrize("looped", [0, 1])
 @pytest.mark.parametrize("groups", [1, 4, 20], ids=["dense", "grouped", "depthwise"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_numba_streams_have_the_bits_of_the_clip_kernel(layout, groups, unrolled):
+def test_streams_have_the_bits_of_the_clip_kernel(backend, layout, groups, looped):
     frame, w_shape = (2, 20, 6, 9), (20, 20 // groups, 3, 3, 3)
-    plan = plan_for("numba", frame, w_shape, 1, 1, 1, groups, layout=layout)
-    plan = replace(plan, config=(("unrolled", unrolled),) if groups == 20 else ())
+    epilogue = Epilogue(True, "silu")
+    plan = plan_for(backend, frame, w_shape, 1, 1, 1, groups, layout=layout, epilogue=epilogue)
+    tuned = ("looped", looped) if backend == "c" else ("unrolled", 1 - looped)
+    plan = replace(plan, config=(tuned,) if groups == 20 else ())
     frames, w = cases.random((2, 20, 7, 6, 9), 0), cases.random(w_shape, 1)
-    stream = Stream(plan, w)
+    bias = cases.random((20,), 2)
+    stream = Stream(plan, w, bias)
     columns = [stream.step(frames[:, :, t]) for t in range(7)]
-    window = replace(plan, family="depthwise" if groups == 20 else "grouped")
-    for t in range(2, 7):
-        want = cases.execute(window, frames[:, :, t - 2 : t + 1], w)
-        assert np.array_equal(columns[t], want[:, :, 0])
+    clip = replace(plan.geometry, in_size=(7, 6, 9))
+    family = "depthwise" if groups == 20 else "grouped"
+    want = cases.execute(replace(plan, family=family, geometry=clip), frames, w, bias)
+    assert np.array_equal(np.stack(columns[2:], axis=2), want)
 
 
-@backends
-def test_refuses_a_temporal_stride(backend):
-    geometry = Geometry.of((1, 4, 3, 5, 5), (4, 4, 3, 3, 3), (2, 1, 1), (0, 1, 1))
-    reason = kernel("continual", backend).supports(geometry, "float32", Epilogue())
-    assert reason == "a step emits one column per frame; temporal stride 2 is not served"
+@pytest.mark.parametrize("backend", [b for b in DIRECT if b == "c"])
+@pytest.mark.parametrize("groups", [1, 5], ids=["dense", "depthwise"])
+def test_a_hundred_thousand_steps_do_not_drift(backend, groups):
+    """In the end a stream of sums has the bits of one that began a receptive field before."""
+    w_shape, frame = (5, 5 // groups, 3, 1, 1), (1, 5, 1, 2)
+    plan = plan_for(backend, frame, w_shape, 1, 0, 1, groups, form="sum")
+    w = cases.random(w_shape, 0)
+    long, late = Stream(plan, w), Stream(plan, w)
+    frames, y = cases.random((64, *frame), 1), np.empty((1, 5, 1, 2), np.float32)
+    laid = [cases.laid_out(x, CHANNELS_LAST) for x in frames]
+    y = cases.laid_out(y, CHANNELS_LAST)
+    workspace = np.empty(long.module.workspace_size(plan), np.float32)
+    for t in range(100_000):
+        long.module.run(
+            plan, laid[t % 64], long.packed, None, None, long.state.array, long.steps, y, workspace
+        )
+    for t in range(100_000 - 3, 100_000):
+        want = late.step(frames[t % 64])
+    assert np.array_equal(y, want)
 
 
 def test_zeros_before_the_first_frame_are_the_padding_of_the_definition():

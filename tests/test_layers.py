@@ -24,13 +24,24 @@ LAYERS = (
     ("winners",),  # what autotune measured: read by the planner, whom autotune asks for candidates
     ("planner",),
     ("explanation", "ops"),
+    ("continual",),
     ("torch_memory",),
+    ("torch_ops_packed",),
+    ("torch_ops_register", "torch_ops_runner"),
+    ("torch_ops_gradients",),
+    ("torch_autograd",),
+    ("torch_ops_conv",),
+    ("torch_ops_block", "torch_ops_prepacked"),
+    ("torch_ops_vmap",),
     ("torch_ops",),
+    ("torch_sharding",),
+    ("torch_continual",),
     ("trial",),
     ("autotune",),
     ("nn",),
     ("video", "published", "notation"),
-    ("demo", "targets", "count_forms"),
+    ("demo", "targets", "count_forms", "stream"),
+    ("stream_command",),
     ("count_table", "table_values"),
     ("tune_table", "tables", "explore_report"),
     ("bench",),
@@ -44,6 +55,9 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # The exceptions, each with its reason; none may run while the module is loaded.
 UPWARD = {
     ("fastconv.ops", "fastconv.torch_ops"): "one door for both: the first tensor brings PyTorch in",
+    ("fastconv.torch_ops", "fastconv.torch_sharding"): "the first DTensor brings its rules in",
+    ("fastconv.continual", "fastconv.torch_ops"): "as ops",
+    ("fastconv.continual", "fastconv.torch_continual"): "as ops",
 }
 
 # What a module may import when it is itself imported; everywhere else, NumPy alone.
@@ -51,8 +65,12 @@ THIRD_PARTY = {
     "numba_kernels": {"numpy", "numba", "llvmlite"},
     "torch_kernels": {"numpy", "torch"},
     "triton_kernels": {"numpy", "torch", "triton"},
-    "torch_ops": {"numpy", "torch"},
-    "torch_memory": {"numpy", "torch"},
+    **{
+        name: {"numpy", "torch"}
+        for rank in LAYERS
+        for name in rank
+        if name.startswith("torch_") and name != "torch_kernels"
+    },
     "nn": {"numpy", "torch"},
     "zoo": {"torch"},
     "bench.fma": {"numpy", "numba"},  # a kernel: the peak is measured with the same vector code

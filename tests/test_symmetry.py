@@ -17,7 +17,7 @@ FOLDERS = {
     "triton": "triton_kernels",
     "torch": "torch_kernels",
 }
-ABSENT = {(family, "triton") for family in FAMILIES} - {("grouped", "triton")}
+ABSENT: set[tuple[str, str]] = set()
 PRESENT = [(f, b) for f in FAMILIES for b in BACKENDS if (f, b) not in ABSENT]
 FUNCTIONS = ("supports", "prepack", "workspace_size", "run")
 

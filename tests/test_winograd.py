@@ -28,6 +28,10 @@ def _refusal(backend: str) -> str | None:
 BACKENDS = [b for b in cases.CPU_BACKENDS if _refusal(b) is None]
 backends = pytest.mark.parametrize("backend", BACKENDS)
 fast = pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
+# In Triton's interpreter these would take minutes; its own file has fewer and smaller ones.
+compiled = pytest.mark.parametrize(
+    "backend", [b for b in BACKENDS if b not in ("reference", "triton")]
+)
 C_BACKENDS = [b for b in BACKENDS if b == "c"]
 on_c = pytest.mark.parametrize("backend", C_BACKENDS)
 needs_numba = pytest.mark.skipif("numba" not in BACKENDS, reason="numba is not installed")
@@ -201,18 +205,18 @@ def geometries_of(draw, kernel_size):
     return Geometry.of((batch, channels, *size), (outs, channels, *kernel_size), 1, padding)
 
 
-@fast
+@compiled
 @pytest.mark.parametrize("phased", [0, 1])
 @settings(max_examples=60)
 @given(st.data(), st.sampled_from(COMBINATIONS), cases.layouts())
 def test_extents_channels_and_paddings(backend, phased, data, combination, layout):
     tile, kernel_size, dtype, epilogue = combination
-    dtype = dtype if backend != "c" else "float32"
+    dtype = "float32" if backend in cases.FLOAT32_ONLY else dtype
     geometry = data.draw(geometries_of(kernel_size))
     check(plan_for(backend, geometry, tile, dtype, layout, epilogue, phased=phased))
 
 
-@fast
+@compiled
 @pytest.mark.parametrize("outs", [1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 48, 49, 64, 65])
 @pytest.mark.parametrize("channels", [1, 15, 16, 17])
 def test_channels_around_registers_and_panels(backend, channels, outs):
@@ -241,7 +245,7 @@ def test_epilogues(backend, activation):
         )
 
 
-@fast
+@compiled
 @pytest.mark.parametrize("phased", [0, 1])
 def test_many_tiles_and_channels(backend, phased):
     """Several blocks per thread, several panels, registers and row blocks."""
@@ -336,7 +340,7 @@ def test_numba_runs_with_fewer_threads_than_planned(phased):
 
 
 @needs_mprotect
-@fast
+@compiled
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("at_end", [True, False])
 def test_nothing_outside_the_arrays_is_read_or_written(backend, layout, at_end):

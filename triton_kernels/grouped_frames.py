@@ -15,14 +15,13 @@ from math import gcd
 import triton
 import triton.language as tl
 
-from ..backends import interpreted
 from ..epilogue import Epilogue
 from . import finish
 from .emit import indented, kernel
 from .grouped_gather import Gather, pack_tiles
 from .grouped_lanes import reached
 from .grouped_tiles import groups_of_a_tile, sum_of_products, wide_packed
-from .launch import Launch, epilogue_constants, power_of_two
+from .launch import Launch, epilogue_constants, interpreted, power_of_two
 
 
 @triton.jit

@@ -16,11 +16,10 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..backends import interpreted
 from ..epilogue import Epilogue
 from . import finish
 from .grouped_gather import Gather, pack_tiles
-from .launch import Launch, epilogue_constants, power_of_two
+from .launch import Launch, epilogue_constants, interpreted, power_of_two
 
 SHARED_CHANNELS = 16  # of a tile that small groups share: the depth of one tensor core product
 PROGRAMS = 264  # wanted at least, two for each multiprocessor of an H100

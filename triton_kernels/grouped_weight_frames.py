@@ -11,13 +11,12 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import gcd
 
-from ..backends import interpreted
 from .emit import indented, kernel
 from .grouped_gather import Gather
 from .grouped_lanes import reached
 from .grouped_tiles import groups_of_a_tile
 from .grouped_weights import LONGEST, total
-from .launch import Launch, power_of_two, wide
+from .launch import Launch, interpreted, power_of_two, wide
 
 PROGRAMS = 132 * 16  # wanted, of one warp each
 MOST_SUMS = 9  # taps whose sums a warp holds

@@ -14,9 +14,8 @@ from math import gcd
 import triton
 import triton.language as tl
 
-from ..backends import interpreted
 from .grouped_gather import Gather
-from .launch import Launch, power_of_two, wide
+from .launch import Launch, interpreted, power_of_two, wide
 
 PROGRAMS = 1056  # wanted, eight for each multiprocessor of an H100
 LONGEST = 64  # shares at most

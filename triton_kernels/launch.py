@@ -30,6 +30,7 @@ class Launch:
     arrays     the name of the array behind each pointer parameter, e.g. 'x', 'packed', 'y'
     scalars    the values of the integer parameters
     constants  the constexprs by name
+    registers  a thread's most, so that more threads fit a processor; 0: the compiler decides
     """
 
     kernel: Any
@@ -39,6 +40,7 @@ class Launch:
     constants: tuple[tuple[str, Any], ...] = ()
     warps: int = 4
     stages: int = 3
+    registers: int = 0
 
     def __call__(self, arrays: Mapping[str, Tensor | None]) -> None:
         """Start it on the current stream; an array that is None arrives as the constexpr None."""
@@ -47,15 +49,15 @@ class Launch:
                 *(arrays[name] for name in self.arrays),
                 *self.scalars,
                 **dict(self.constants),
-                num_warps=self.warps,
-                num_stages=self.stages,
+                **self.options,
             )
 
     def source(self, dtypes: Mapping[str, str | None]) -> Any:
         """What `triton.compile` takes, for arrays of these dtypes by name; None: not given.
 
         Specialised as Triton itself would: arrays begin at multiples of 16 bytes, integers that are
-        1 are constants, and those divisible by 16 are known to be.
+        1 are constants, and those divisible by 16 are known to be; unless the kernel is general in
+        them.
         """
         names = self.kernel.arg_names
         signature: dict[str, str] = {}
@@ -72,11 +74,12 @@ class Launch:
                 signature[name], divisible = "constexpr", False
             else:
                 value = self.scalars[i - len(self.arrays)]
-                if value == 1:
+                general = self.kernel.params[i].do_not_specialize
+                if value == 1 and not general:
                     signature[name], divisible, constants[name] = "constexpr", False, 1
                 else:
                     signature[name] = "i32" if abs(value) <= INT32_MAX else "i64"
-                    divisible = value % 16 == 0
+                    divisible = value % 16 == 0 and not general
             if divisible:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         return triton.compiler.ASTSource(self.kernel, signature, constants, attributes)
@@ -84,7 +87,8 @@ class Launch:
     @property
     def options(self) -> dict[str, int]:
         """The compiler's options."""
-        return {"num_warps": self.warps, "num_stages": self.stages}
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        return {**options, "maxnreg": self.registers} if self.registers else options
 
 
 def refuse_dtype(dtype: str) -> str | None:
@@ -131,3 +135,8 @@ def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 def power_of_two(n: int) -> int:
     """The smallest power of two that is at least n: sizes of blocks are such."""
     return 1 << max(0, n - 1).bit_length()
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels."""
+    return bool(triton.knobs.runtime.interpret)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -19,48 +20,84 @@ CONFIGS: tuple[dict[str, int], ...] = ({},)
 
 def supports(geometry: Geometry, dtype: str, epilogue: Epilogue) -> str | None:
     """None, or the reason against."""
-    if geometry.stride[0] != 1:
-        return (
-            f"a step emits one column per frame; temporal stride {geometry.stride[0]} is not served"
-        )
     return launch.refuse_dtype(dtype)
 
 
 @functools.lru_cache(maxsize=1024)
 def _clip(plan: Plan) -> tuple[ModuleType, Plan]:
-    """The module and the plan that compute the column from the frames of its taps alone."""
+    """The module and the plan that compute columns from the frames of their taps alone; for the
+    option `sum`, of one tap of one stream.
+    """
     g = plan.geometry
     # Three axes with time in front: fewer would be lifted with theirs behind.
-    lifted = {
-        name: (getattr(g, name)[0], *(one,) * (3 - g.n), *getattr(g, name)[1:])
-        for name, one in (("kernel", 1), ("stride", 1), ("padding", (0, 0)), ("dilation", 1))
-    }
+    kernel, stride, padding, dilation = (
+        (first, *(one,) * (3 - g.n), *values[1:])
+        for first, one, values in (
+            (g.kernel[0], 1, g.kernel),
+            (1, 1, g.stride),
+            ((0, 0), (0, 0), g.padding),
+            (1, 1, g.dilation),
+        )
+    )
+    sums = plan.options.get("sum", 0)
+    if sums:
+        kernel = (1, *kernel[1:])
     window = replace(
         g,
-        **lifted | {"dilation": (1, *lifted["dilation"][1:])},
-        in_size=(g.kernel[0], *(1,) * (3 - g.n), *g.in_size[1:]),
+        batch=1 if sums else g.batch,
+        kernel=kernel,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        in_size=(kernel[0], *(1,) * (3 - g.n), *g.in_size[1:]),
     )
     single = g.is_depthwise and g.groups > 1
     module, family = (depthwise, "depthwise") if single else (grouped, "grouped")
-    return module, replace(plan, family=family, geometry=window)
+    return module, replace(plan, family=family, geometry=window, config=())
 
 
 def prepack(weights: np.ndarray, plan: Plan) -> Packed:
-    """w (K, C / G, *kernel) in the order in which the kernel of the window reads it."""
+    """w (K, C / G, *kernel) in the order in which the kernel of the window reads it.
+
+    With the option `sum` tap by tap.
+    """
     g = plan.geometry
     module, clip = _clip(plan)
-    inner = module.prepack(np.reshape(weights, clip.geometry.w_shape), clip)
+    k, c, _, *size = clip.geometry.w_shape
+    if not plan.options.get("sum"):
+        inner = module.prepack(np.reshape(weights, clip.geometry.w_shape), clip)
+        return _packed(plan, clip, inner, inner.weights, {})
+    inner, *others = (
+        module.prepack(np.reshape(w, (k, c, 1, *size)), clip) for w in np.moveaxis(weights, 2, 0)
+    )
+    taps = launch.aligned(g.kernel[0], launch.lines(inner.weights.size) + launch.LINE)
+    for tap, part in zip(taps, (inner, *others), strict=True):
+        tap[: part.weights.size] = part.weights.ravel().view(np.float32)
+    partial = ffi.new(ffi.typeof(inner.params), inner.params[0])
+    partial.activation = 0
+    return _packed(plan, clip, inner, taps, {"partial": partial, "tap_size": taps.shape[1]})
+
+
+def _packed(
+    plan: Plan, clip: Plan, inner: Packed, weights: np.ndarray, fields: dict[str, Any]
+) -> Packed:
+    """What `fc_step` reads, round the C structure of the inner family."""
+    g = plan.geometry
     params = ffi.new(
         "fc_continual *",
         {
             "inner": launch.FAMILIES.index(clip.family),
+            "sums": plan.options.get("sum", 0),
+            "replicate": plan.options.get("replicate", 0),
             "params": inner.params,
             "taps": g.kernel[0],
             "dilation": g.dilation[0],
+            "stride": g.stride[0],
             "ring": g.in_size[0] - 1,
+            **fields,
         },
     )
-    return Packed(plan, inner.weights, params, inner.shared, inner.each, keep=(inner,))
+    return Packed(plan, weights, params, inner.shared, inner.each, keep=(inner, fields))
 
 
 def workspace_size(plan: Plan) -> int:
@@ -70,18 +107,21 @@ def workspace_size(plan: Plan) -> int:
     return own + launch.copies_size(plan)
 
 
-def run(plan, x, packed, bias, residual, state, steps, y, workspace) -> None:
-    """Write the output column that the frame x completes to y, and the frame itself to the state.
+def run(
+    plan, x, packed, bias, residual, state, steps, y, workspace, active=None, update=True
+) -> None:
+    """Write the column that the frame x completes to y, and what later columns need to the state.
 
     x         (N, C, *frame), frame = the axes behind the first
     packed    what `prepack` returned for the same plan
     bias      (K,) or None;  residual (N, K, *out_frame) or None
-    state     (N, C, L, *frame), the ring; the oldest frame of each stream is overwritten by x
+    state     (N, C, L, *frame); with the option `sum` (N, K, L, *out_frame)
     steps     (N,) int64, frames seen so far; incremented
-    y         (N, K, *out_frame), written
+    y         (N, K, *out_frame); written where the stream has a column at this time
     workspace `workspace_size(plan)` elements, overwritten
+    active    (N,) bool or None: of a stream that is not, nothing is written
+    update    False: state and steps are not written
 
-    Equivalent to column t of `F.conv3d(stream, w, bias, ...)` over the stream padded in front
-    with L zero frames.
+    Equivalent to column (t - L) / s of `F.conv3d(stream, w, bias, (s, ...), (0, ...), ...)`.
     """
-    packed.step(x, bias, residual, state, steps, y, workspace)
+    packed.step(x, bias, residual, state, steps, y, workspace, active, update)

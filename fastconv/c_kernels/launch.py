@@ -113,7 +113,8 @@ def copies_size(plan: Plan) -> int:
     """Floats in front of a family's own: transposed copies and, of a stream, a table of frames."""
     params = ffi.NULL
     if plan.family == "continual":
-        params = ffi.new("fc_continual *", {"taps": plan.geometry.kernel[0]})
+        fields = {"taps": plan.geometry.kernel[0], "sums": plan.options.get("sum", 0)}
+        params = ffi.new("fc_continual *", fields)
     return int(lib.fc_copies_size(_c_plan(plan, params)))
 
 
@@ -190,6 +191,10 @@ class Packed:
         self._address = address(weights)
         self._copies = copies_size(plan)
 
+    def constants(self, workspace: Any) -> tuple[Any, int, int]:
+        """What `lib.fc_run` gets in every call: the C plan, the weights' address, the threads."""
+        return self._plan, self._address, self._threads(workspace)
+
     def run(self, x: Any, bias: Any, residual: Any, y: Any, workspace: Any) -> None:
         """One call of a plan."""
         biases = bias if isinstance(bias, tuple) else (bias, None, None)
@@ -207,7 +212,16 @@ class Packed:
         )
 
     def step(
-        self, x: Any, bias: Any, residual: Any, state: Any, steps: Any, y: Any, workspace: Any
+        self,
+        x: Any,
+        bias: Any,
+        residual: Any,
+        state: Any,
+        steps: Any,
+        y: Any,
+        workspace: Any,
+        active: Any = None,
+        update: bool = True,
     ) -> None:
         """One step of a stream."""
         lib.fc_step(
@@ -221,6 +235,8 @@ class Packed:
             steps.strides[0] // 8 if isinstance(steps, np.ndarray) else steps.stride(0),
             address(y),
             address(workspace),
+            address(active),
+            update,
             self._threads(workspace),
         )
 

@@ -59,17 +59,26 @@ class _Conv(nn.modules.conv._ConvNd):
 
     def plan_for(self, x: Tensor) -> Plan:
         """The plan that a batch like x would run; its padding is the module's own."""
-        return self._runner_for(x, self.weight.shape, self.bias is not None, self.padding).plan
+        return self._runner_for(x, self.weight.shape, self.bias is not None).plan
 
-    def _runner_for(
-        self, x: Tensor, w_shape: torch.Size, has_bias: bool, padding: Any
-    ) -> torch_ops.Runner:
+    def _runner_for(self, x: Tensor, w_shape: torch.Size, has_bias: bool) -> torch_ops.Runner:
         # Everything that may be set on a module between two calls is part of the key.
-        options = (self.stride, padding, self.dilation, self.groups)
-        limits = (self.tolerance, self.max_workspace_bytes)
-        choice = (self.channels_last, self.algorithm, self.backend, limits)
-        of_input = (x.shape, x.stride(), x.dtype, x.device.type)
-        key = (of_input, w_shape, has_bias, options, choice, winners.generation())
+        options = (self.stride, self.padding, self.dilation, self.groups)
+        key = (
+            x.shape,
+            x.stride(),
+            x.dtype,
+            None if x.is_cpu else (x.device.type, torch_ops.precision_of(x)),
+            w_shape,
+            has_bias,
+            options,
+            self.channels_last,
+            self.algorithm,
+            self.backend,
+            self.tolerance,
+            self.max_workspace_bytes,
+            winners.generation(),
+        )
         runner = self._runners.get(key)
         if runner is None:
             if len(self._runners) >= MAX_SHAPES:
@@ -79,6 +88,7 @@ class _Conv(nn.modules.conv._ConvNd):
                 Geometry.of(x.shape, w_shape, *options, op=op),
                 dtype=str(x.dtype).removeprefix("torch."),
                 device=x.device.type,
+                precision=torch_ops.precision_of(x),
                 epilogue=Epilogue(bias=has_bias),
                 layout=CHANNELS_LAST if self.channels_last else ops.layout_of(x),
                 algorithm=self.algorithm,
@@ -102,6 +112,7 @@ class _Conv(nn.modules.conv._ConvNd):
                 backend=self.backend,
                 tolerance=self.tolerance,
                 max_workspace_bytes=self.max_workspace_bytes,
+                precision=plan.precision,
             )
             for plan in (runner.plan for runner in self._runners.values())
         ]
@@ -114,24 +125,26 @@ class _Conv(nn.modules.conv._ConvNd):
 
     def plan_of(self, x_shape: tuple[int, ...]) -> Plan | None:
         """The plan that the last input of this shape (with its batch axis) ran; None if none."""
-        plans = [r.plan for key, r in self._runners.items() if key[0][0] == tuple(x_shape)]
+        plans = [r.plan for key, r in self._runners.items() if key[0] == tuple(x_shape)]
         return plans[-1] if plans else None
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if torch.is_autocast_enabled(input.device.type):
-            # Which precision a convolution gets there is PyTorch's to decide.
-            return super()._conv_forward(input, weight, bias)
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            widths = self._reversed_padding_repeated_twice
-            input = nn.functional.pad(input, widths, mode=self.padding_mode)
-            padding = (0,) * len(self.kernel_size)
-        if self._is_plain(input, weight, bias):
+        zeros = self.padding_mode == "zeros"
+        if zeros and input.dim() == weight.dim() and torch_ops.is_plain(input, weight, bias):
             held = self._held
             if held is None or not held.are_of(weight):
                 held = self._held = torch_ops.held_weights(weight)
-            runner = self._runner_for(input, weight.shape, bias is not None, padding)
+            runner = self._runner_for(input, weight.shape, bias is not None)
             return runner(input, held.form(runner, weight), bias)
+        device = input.device.type
+        if device != "meta" and torch.is_autocast_enabled(device):
+            # Which precision a convolution gets there is PyTorch's to decide.
+            return super()._conv_forward(input, weight, bias)
+        padding = self.padding
+        if not zeros:
+            widths = self._reversed_padding_repeated_twice
+            input = nn.functional.pad(input, widths, mode=self.padding_mode)
+            padding = (0,) * len(self.kernel_size)
         if self.channels_last and input.dim() == len(self.kernel_size) + 2:
             input = torch_ops.dense(input, CHANNELS_LAST)
         function = (ops.conv1d, ops.conv2d, ops.conv3d)[len(self.kernel_size) - 1]
@@ -148,20 +161,6 @@ class _Conv(nn.modules.conv._ConvNd):
             tolerance=self.tolerance,
             max_workspace_bytes=self.max_workspace_bytes,
         )
-
-    def _is_plain(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-        """An ordinary batch, no gradient, nobody tracing: may skip the operator and its checks."""
-        dtype, device = input.dtype, input.device
-        if type(input) is not Tensor or input.dim() != weight.dim() or weight.dtype != dtype:
-            return False
-        if weight.device != device or device.type == "meta" or torch.compiler.is_compiling():
-            return False
-        needs_grad = input.requires_grad or weight.requires_grad
-        if bias is not None:
-            needs_grad = needs_grad or bias.requires_grad
-            if bias.dtype != dtype or bias.device != device:
-                return False
-        return not (needs_grad and torch.is_grad_enabled())
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_runners": {}, "_held": None}

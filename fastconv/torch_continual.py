@@ -1,0 +1,533 @@
+"""The tensor side of `continual`: the operators `fastconv::continual_step`, which writes the state
+in place, and `fastconv::continual_step_functional`, which returns a new one and has a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import (
+    backends,
+    continual,
+    ops,
+    torch_memory,
+    torch_ops,
+    torch_ops_block,
+    torch_ops_packed,
+    torch_ops_runner,
+    winners,
+)
+from .continual import State
+from .epilogue import Epilogue
+from .errors import UnsupportedError
+from .geometry import Geometry
+from .plan import CHANNELS_LAST, Plan
+
+_ARGUMENTS = (
+    "Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups, "
+    "str activation='none', Tensor? residual=None, Tensor? active=None, bool update_state=True, "
+    "str form='ring', str start='zeros', str backend='auto', int? max_workspace_bytes=None"
+)
+_library = torch.library.Library("fastconv", "FRAGMENT")
+_library.define(
+    f"continual_step(Tensor input, Tensor(a!) state, Tensor(b!) steps, {_ARGUMENTS}) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    f"continual_step_functional(Tensor input, Tensor state, Tensor steps, {_ARGUMENTS}) "
+    "-> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_FLOAT32 = np.dtype(np.float32)
+
+
+def new_state(shape: Sequence[int], like: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
+    """Zero maps of this shape in the layout and on the device of `like`, and zero steps."""
+    # Not from recycled memory: a state may be resized or saved like any tensor.
+    size = shape if ops.layout_of(like) == ops.CONTIGUOUS else (shape[0], *shape[2:], shape[1])
+    memory = torch.zeros(tuple(size), dtype=getattr(torch, dtype), device=like.device)
+    frames = memory if tuple(size) == tuple(shape) else memory.movedim(-1, 1)
+    return frames, torch.zeros(shape[0], dtype=torch.int64, device=like.device)
+
+
+def finder() -> Any:
+    """How the door finds a geometry: what a compiler traces remembers nothing."""
+    compiling = torch.compiler.is_compiling()
+    return continual.window_geometry if compiling else continual.known_geometry
+
+
+def continual_step(
+    input: Tensor,
+    state: State,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    activation: str,
+    residual: Tensor | None,
+    **options: Any,
+) -> Tensor:
+    """`continual.continual_step` on tensors that the door has checked; no gradient is kept.
+
+    options: active, update_state, backend, max_workspace_bytes
+    """
+    if state.stride != geometry.stride[0]:
+        continual.check_state("continual_step", state, geometry, input)
+    arguments = (input, state.frames, state.steps, weight, bias, *_plain(geometry))
+    options |= {
+        "activation": activation,
+        "residual": residual,
+        "form": state.form,
+        "start": state.start,
+    }
+    with torch.no_grad():
+        y: Tensor
+        if torch.compiler.is_compiling():
+            # Inductor takes a clone of the state between two steps for the state itself.
+            y, frames, steps = torch.ops.fastconv.continual_step_functional(*arguments, **options)
+            if options["update_state"]:
+                state.frames.copy_(frames)
+                state.steps.copy_(steps)
+        else:
+            y = torch.ops.fastconv.continual_step(*arguments, **options)
+    return y
+
+
+def continual_step_functional(
+    input: Tensor,
+    state: State,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    epilogue: Epilogue,
+    residual: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, State]:
+    """`continual.continual_step_functional` on tensors that the door has checked."""
+    given = [t for t in (input, state.frames, weight, bias, residual) if t is not None]
+    fused = epilogue.activation != "none" or residual is not None
+    apart = fused and torch.is_grad_enabled() and any(t.requires_grad for t in given)
+    # The operator's gradient is that of a convolution; PyTorch differentiates the rest.
+    y, frames, steps = torch.ops.fastconv.continual_step_functional(
+        input,
+        state.frames,
+        state.steps,
+        weight,
+        bias,
+        *_plain(geometry),
+        activation="none" if apart else epilogue.activation,
+        residual=None if apart else residual,
+        form=state.form,
+        start=state.start,
+        **options,
+    )
+    if apart:
+        z = y if residual is None else y + residual
+        z = torch_ops_block.ACTIVATIONS[epilogue.activation](z)
+        there = _emitting(geometry, state.steps, options.get("active"))
+        y = z if there is None else torch.where(_over(there, z), z, torch.zeros_like(z))
+    return y, State(frames, steps, state.form, state.start, state.stride)
+
+
+def _plain(g: Geometry) -> tuple[Any, ...]:
+    """stride, padding, dilation and groups as the operators take them."""
+    return g.stride, [p for pair in g.padding for p in pair], g.dilation, g.groups
+
+
+def _window(
+    input: Tensor,
+    state: State,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Geometry:
+    """The geometry of one column of what an operator is given; checks the state against it."""
+    op, pairs = "continual_step", tuple(zip(padding[::2], padding[1::2], strict=True))
+    g = continual.window_geometry(
+        op, input.shape, weight.shape, tuple(stride), pairs, tuple(dilation), groups
+    )
+    continual.check_state(op, state, g, input)
+    return g
+
+
+def _step_impl(
+    input: Tensor,
+    state: Tensor,
+    steps: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    active: Tensor | None = None,
+    update_state: bool = True,
+    form: str = "ring",
+    start: str = "zeros",
+    backend: str = "auto",
+    max_workspace_bytes: int | None = None,
+) -> Tensor:
+    layout = continual.state_layout("continual_step", state, input)
+    ready = _stepper(
+        winners.situation(),
+        tuple(input.shape),
+        input.dtype,
+        input.device.type,
+        torch_ops.precision_of(input),
+        layout,
+        tuple(weight.shape),
+        (tuple(stride), tuple(padding), tuple(dilation), groups),
+        Epilogue(bias is not None, activation, residual is not None),
+        (form, start),
+        (tuple(state.shape), state.dtype),
+        (tuple(steps.shape), steps.dtype),
+        backend,
+        max_workspace_bytes,
+    )
+    packed = torch_ops.held_weights(weight).form(ready.runner, weight)
+    return ready(input, state, steps, packed, bias, residual, active, update_state)
+
+
+@lru_cache(maxsize=4096)
+def _stepper(
+    situation: Any,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: str,
+    precision: str,
+    layout: str,
+    weight: tuple[int, ...],
+    geometry: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int],
+    epilogue: Epilogue,
+    kind: tuple[str, str],
+    frames: tuple[tuple[int, ...], torch.dtype],
+    steps: tuple[tuple[int, ...], torch.dtype],
+    backend: str,
+    max_workspace_bytes: int | None,
+) -> Stepper:
+    """What runs a step of tensors of these shapes; the situation of `winners` only keys the cache.
+
+    Raises what the door raises.
+    """
+    stride, padding, dilation, groups = geometry
+    op, pairs = "continual_step", tuple(zip(padding[::2], padding[1::2], strict=True))
+    window = continual.window_geometry(op, shape, weight, stride, pairs, dilation, groups)
+    name = _name(dtype)
+    continual.check_memory(
+        op, window, name, *kind, stride[0], (frames[0], _name(frames[1])),
+        (steps[0], _name(steps[1])),
+    )  # fmt: skip
+    plan = continual.step_plan(
+        window,
+        *kind,
+        dtype=name,
+        device=device,
+        precision=precision,
+        epilogue=epilogue,
+        layout=layout,
+        backend=backend,
+        max_workspace_bytes=max_workspace_bytes,
+    )
+    return stepper(plan)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _step_fake(
+    input: Tensor,
+    state: Tensor,
+    steps: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    active: Tensor | None = None,
+    update_state: bool = True,
+    form: str = "ring",
+    start: str = "zeros",
+    backend: str = "auto",
+    max_workspace_bytes: int | None = None,
+) -> Tensor:
+    memory = State(state, steps, form, start, stride[0])
+    window = _window(input, memory, weight, stride, padding, dilation, groups)
+    layout = continual.state_layout("continual_step", state, input)
+    return torch_ops.new_dense(continual.column_shape(window), input, layout)
+
+
+def _functional_impl(
+    input: Tensor, state: Tensor, steps: Tensor, *rest: Any, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    state, steps = state.clone(), steps.clone()
+    return _step_impl(input, state, steps, *rest, **options), state, steps
+
+
+def _functional_fake(
+    input: Tensor, state: Tensor, steps: Tensor, *rest: Any, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = _step_fake(input, state, steps, *rest, **options)
+    return y, torch.empty_like(state), torch.empty_like(steps)
+
+
+_library.impl("continual_step", _step_impl, "CompositeExplicitAutograd")
+_library.impl("continual_step_functional", _functional_impl, "CompositeExplicitAutograd")
+torch.library.register_fake("fastconv::continual_step", _step_fake, lib=_library)
+torch.library.register_fake("fastconv::continual_step_functional", _functional_fake, lib=_library)
+
+
+class Stepper:
+    """A plan ready for many steps: what it needs besides the arrays is looked up once."""
+
+    def __init__(self, plan: Plan) -> None:
+        assert isinstance(plan.geometry, Geometry)
+        self.plan = plan
+        self.runner = torch_ops.runner(plan)
+        self._module = backends.kernel("continual", plan.backend)
+        self._dtype = getattr(torch, plan.dtype)
+        _, k, *out = self._shape = continual.column_shape(plan.geometry)
+        last = plan.layout == CHANNELS_LAST
+        # (N, *out, K) or (N, K, *out) in C order
+        inner = [prod(out[i + 1 :]) * (k if last else 1) for i in range(len(out))]
+        self._strides = (k * prod(out), 1 if last else prod(out), *inner)
+        self._strided = plan.geometry.stride[0] > 1
+        large = prod(self._shape) * self._dtype.itemsize >= torch_memory.SMALLEST
+        self._recycled = large and plan.device == "cpu"
+
+    def __call__(
+        self,
+        x: Tensor,
+        frames: Tensor,
+        steps: Tensor,
+        packed: Any,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        active: Tensor | None = None,
+        update: bool = True,
+    ) -> Tensor:
+        """y (N, K, *out_frame), zeros where there is no column; writes frames and steps.
+
+        frames, steps: of the state, dense in the plan's layout; x and residual: any strides
+        """
+        plan, layout = self.plan, self.plan.layout
+        if self._recycled:
+            y = torch_ops.new_dense(self._shape, x, layout)
+        else:
+            y = torch.empty_strided(self._shape, self._strides, dtype=self._dtype, device=x.device)
+        if active is not None or self._strided:
+            y.zero_()
+        if not self._shape[0]:
+            return y
+        if plan.backend == "c":
+            x = torch_ops.dense(x, layout)
+            residual = torch_ops.dense(residual, layout)
+            workspace = ops.workspace(packed.workspace_size(), _FLOAT32)
+            packed.step(x, bias, residual, frames, steps, y, workspace, active, update)
+        elif plan.backend in torch_ops.ON_TENSORS:
+            with torch.no_grad():
+                x, residual = torch_ops.dense(x, layout), torch_ops.dense(residual, layout)
+                scratch = torch_ops.device_workspace(self._module.workspace_size(plan), y)
+                self._module.run(
+                    plan, x, packed, bias, residual, frames, steps, y, scratch, active, update
+                )
+        else:
+            if plan.backend == "numba":
+                torch_ops_runner.follow_threads()
+            arrays = map(torch_ops_packed.view, (x, bias, residual, frames, steps, y, active))
+            x_, bias_, residual_, frames_, steps_, column, active_ = arrays
+            memory = State(frames_, steps_)
+            continual.run_step(plan, x_, packed, bias_, residual_, memory, column, active_, update)
+        return y
+
+
+@lru_cache(maxsize=4096)
+def stepper(plan: Plan) -> Stepper:
+    """The plan's Stepper."""
+    return Stepper(plan)
+
+
+def step(
+    plan: Plan,
+    input: Tensor,
+    state: State,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    active: Tensor | None = None,
+    update: bool = True,
+) -> Tensor:
+    """One step of a plan that is right for these tensors; no gradient is kept."""
+    ready = stepper(plan)
+    packed = torch_ops.held_weights(weight).form(ready.runner, weight)
+    return ready(input, state.frames, state.steps, packed, bias, residual, active, update)
+
+
+def _emitting(window: Geometry, steps: Tensor, active: Tensor | None) -> Tensor | None:
+    """Which streams (N,) have a column at this time; None for all."""
+    if window.stride[0] == 1:
+        return active
+    there = (steps - (window.in_size[0] - 1)) % window.stride[0] == 0
+    return there if active is None else there & active
+
+
+def _over(mask: Tensor, like: Tensor) -> Tensor:
+    """(N,) to broadcast against (N, ...)."""
+    return mask.reshape(-1, *(1,) * (like.dim() - 1))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    input, state, steps, weight, bias, *geometry = inputs[:9]
+    activation, residual, active, update, form, start = inputs[9:15]
+    if activation != "none":
+        raise UnsupportedError(
+            f"continual_step_functional: no gradient of activation {activation!r} in the operator; "
+            "apply it behind"
+        )
+    if (form, start) == ("sum", "replicate"):
+        raise UnsupportedError(
+            "continual_step_functional: no gradient of form 'sum' with start 'replicate'; "
+            "use form 'ring' or start 'zeros'"
+        )
+    ctx.save_for_backward(input, state, steps, weight, active)
+    ctx.geometry, ctx.update, ctx.form, ctx.start = geometry, update, form, start
+    ctx.has_bias, ctx.has_residual = bias is not None, residual is not None
+
+
+def _backward(ctx: Any, grad_y: Tensor, grad_state: Tensor, grad_steps: Any) -> tuple[Any, ...]:
+    input, state, steps, weight, active = ctx.saved_tensors
+    memory = State(state, steps, ctx.form, ctx.start, ctx.geometry[0][0])
+    window = _window(input, memory, weight, *ctx.geometry)
+    there = _emitting(window, steps, active)
+    grad = grad_y if there is None else torch.where(_over(there, grad_y), grad_y, 0)
+    gradients = _gradients_of_sums if ctx.form == "sum" else _gradients_of_frames
+    dx, dstate, dw = gradients(window, grad, grad_state, input, memory, weight, active, ctx.update)
+    db = grad.sum((0, *range(2, grad.dim()))) if ctx.has_bias else None
+    dr = grad if ctx.has_residual else None
+    return dx, dstate, None, dw, db, *(None,) * 5, dr, *(None,) * 6
+
+
+def _gradients_of_frames(
+    window: Geometry,
+    grad: Tensor,
+    grad_state: Tensor,
+    x: Tensor,
+    state: State,
+    weight: Tensor,
+    active: Tensor | None,
+    update: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of x, state and w in the form 'ring': grad (N, K, *out_frame), zero where no column was."""
+    from .torch_kernels import continual as kernels
+
+    plan, ring = _torch_plan(window, state, x), window.in_size[0] - 1
+    frames = kernels.window(plan, x, state.frames, state.steps)
+    dwindow, dw = _convolution_backward(grad[:, :, None], frames, weight, window)
+    dx, dstate = dwindow[:, :, ring], grad_state.clone()
+    if not ring:
+        return dx, dstate, dw
+    stream = torch.arange(x.shape[0], device=x.device)
+    if update:
+        slot = state.steps % ring
+        kept = dstate[stream, :, slot]
+        mask = torch.ones_like(slot, dtype=torch.bool) if active is None else active
+        dx = dx + torch.where(_over(mask, kept), kept, 0)
+        dstate[stream, :, slot] = torch.where(_over(mask, kept), 0, kept)
+    slots, now = kernels.read_slots(plan, state.steps)
+    # (N, C, L, *frame) -> (N, L, C, *frame)
+    read = dwindow[:, :, :ring].movedim(2, 1)
+    now = now.reshape(*now.shape, *(1,) * (x.dim() - 1))
+    dx = dx + torch.where(now, read, 0).sum(1)
+    dstate = dstate.movedim(2, 1).contiguous()
+    dstate.index_put_((stream[:, None], slots), torch.where(now, 0, read), accumulate=True)
+    return dx, dstate.movedim(1, 2), dw
+
+
+def _gradients_of_sums(
+    window: Geometry,
+    grad: Tensor,
+    grad_state: Tensor,
+    x: Tensor,
+    state: State,
+    weight: Tensor,
+    active: Tensor | None,
+    update: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of x, state and w in the form 'sum': grad (N, K, *out_frame), zero where no column was."""
+    from .torch_kernels import continual as kernels
+
+    taps, ring = window.kernel[0], window.in_size[0] - 1
+    wide, dstate = state.frames.dtype, grad_state.clone()
+    stream = torch.arange(x.shape[0], device=x.device)
+    parts = []
+    for tap in range(taps - 1):
+        column = state.steps + (taps - 1 - tap) * window.dilation[0]
+        there, part = _emitting(window, column, active), grad_state[stream, :, column % ring]
+        if there is not None:
+            part = torch.where(_over(there, part), part, 0)
+        parts.append(part if update else torch.zeros_like(part))
+    parts.append(grad.to(wide))
+    if ring:
+        slot = state.steps % ring
+        if update:  # the first tap overwrites what the slot held
+            there, old = _emitting(window, state.steps + ring, active), dstate[stream, :, slot]
+            gone = torch.ones_like(slot, dtype=torch.bool) if there is None else there
+            dstate[stream, :, slot] = torch.where(_over(gone, old), 0, old)
+        dstate[stream, :, slot] = dstate[stream, :, slot] + grad.to(wide)
+    n, k, *out = grad.shape
+    # (N, G, KT, K / G, *out): the outputs of a group, tap by tap
+    stacked = torch.stack(parts, 1).reshape(n, taps, window.groups, k // window.groups, *out)
+    stacked = stacked.transpose(1, 2).reshape(n, taps * k, 1, *out)
+    per_group = weight.reshape(window.groups, k // window.groups, *weight.shape[1:]).to(wide)
+    packed = per_group.movedim(3, 1).reshape(taps * k, weight.shape[1], 1, *weight.shape[3:])
+    single = kernels.frame_geometry(window)
+    dx, dw = _convolution_backward(stacked, x.to(wide)[:, :, None], packed, single)
+    dw = dw.reshape(window.groups, taps, k // window.groups, weight.shape[1], *weight.shape[3:])
+    dw = dw.movedim(1, 3).reshape(weight.shape)
+    return dx[:, :, 0].to(x.dtype), dstate, dw.to(weight.dtype)
+
+
+def _convolution_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, g: Geometry
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and w; an asymmetric padding is undone by padding x."""
+    common = [min(pair) for pair in g.padding]
+    rest = [(a - p, b - p) for (a, b), p in zip(g.padding, common, strict=True)]
+    if any(map(any, rest)):
+        x = torch.nn.functional.pad(x, [side for pair in reversed(rest) for side in pair])
+    forward = (g.stride, common, g.dilation, False, [0] * g.n, g.groups)
+    dx, dw, _ = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, *forward, [True, True, False]
+    )
+    for axis, size in enumerate(g.in_size):
+        dx = dx.narrow(2 + axis, rest[axis][0], size)
+    return dx, dw
+
+
+def _torch_plan(window: Geometry, state: State, x: Tensor) -> Plan:
+    """What the helpers of the torch kernels want to know."""
+    layout = continual.state_layout("continual_step", state.frames, x)
+    config = (("replicate", 1),) if state.start == "replicate" else ()
+    dtype = str(x.dtype).removeprefix("torch.")
+    return Plan("continual", "torch", window, dtype, Epilogue(), layout, x.device.type, (), config)
+
+
+torch.library.register_autograd(
+    "fastconv::continual_step_functional",
+    _backward,
+    setup_context=_setup_context,
+    lib=_library,
+)

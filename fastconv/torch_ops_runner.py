@@ -1,0 +1,194 @@
+"""Plans on tensors: kernels on NumPy arrays see zero-copy views, the others the tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from math import prod
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import backends, ops, torch_memory
+from .counts import ELEMENT_BYTES
+from .epilogue import Epilogue
+from .plan import CONTIGUOUS, Plan
+from .torch_ops_packed import ON_TENSORS, held_weights, view
+
+MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
+
+# PyTorch has a memory format for 2 and 3 axes; one axis is channels last by its strides.
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+FLOAT32 = np.dtype(np.float32)
+
+
+class Runner:
+    """A plan ready for many calls: its kernel, workspace and output shape are looked up once."""
+
+    def __init__(self, plan: Plan) -> None:
+        module = backends.kernel(plan.family, plan.backend)
+        self.plan, self._layout, self._in_c = plan, plan.layout, plan.backend == "c"
+        self._run = module.run
+        self._size_of = module.workspace_size
+        self._sizes: dict[int, int] = {}  # by number of threads
+        self._y_shape, self._y_strides = plan.geometry.y_shape, None
+        y_bytes = prod(self._y_shape) * ELEMENT_BYTES[plan.dtype]
+        if plan.device != "cpu" or y_bytes < torch_memory.SMALLEST:
+            # PyTorch's allocator has memory at hand.
+            self._y_strides = dense_strides(self._y_shape, plan.layout)
+        # PyTorch's convolution allocates its own result: one pass over memory less than `run`.
+        plain = isinstance(plan.epilogue, Epilogue) and plan.epilogue.plain
+        direct = plan.backend == "torch" and plan.family in ("grouped", "depthwise")
+        dense_module = backends.kernel("grouped", "torch") if direct and plain else None
+        self._convolve = None if dense_module is None else dense_module.convolve
+
+    def __call__(self, x: Tensor, packed: Any, bias: Any, residual: Tensor | None = None) -> Tensor:
+        """y (N, K, *out_size) in the plan's layout, without a gradient; x may have any strides."""
+        layout = self._layout
+        x = dense(x, layout)
+        if self._convolve is not None:
+            return dense(self._convolve(x, packed, bias, self.plan.geometry), layout)
+        if residual is not None:
+            residual = dense(residual, layout)
+        bias = tuple(map(_flat, bias)) if isinstance(bias, tuple) else _flat(bias)
+        if self._y_strides is None:
+            y = new_dense(self._y_shape, x, layout)
+        else:
+            y = x.new_empty_strided(self._y_shape, self._y_strides)
+        if not y.numel():
+            return y
+        if self._in_c:  # sees addresses only, and knows what was packed
+            workspace = ops.workspace(packed.workspace_size(), FLOAT32)
+            self._run(self.plan, x, packed, bias, residual, y, workspace)
+            return y
+        if self.plan.backend in ON_TENSORS:
+            scratch = device_workspace(self._size_of(self.plan), y)
+            self._run(self.plan, x, packed, bias, residual, y, scratch)
+            return y
+        threads = follow_threads() if self.plan.backend == "numba" else 0
+        size = self._sizes.get(threads)
+        if size is None:
+            size = self._sizes[threads] = self._size_of(self.plan)
+        b = tuple(map(view, bias)) if isinstance(bias, tuple) else view(bias)
+        x_view, y_view = view(x), view(y)
+        workspace = ops.workspace(size, y_view.dtype)
+        self._run(self.plan, x_view, packed, b, view(residual), y_view, workspace)
+        return y
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Ordinary dense tensors of one device and precision in an ordinary call: no gradient is
+    asked for, nobody traces, transforms or watches, and no operator is needed for anything else."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    if torch._C._get_tracing_state() is not None:
+        return False
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    first = tensors[0]
+    if first is None or type(first) is not Tensor or first.layout is not torch.strided:
+        return False
+    dtype, on_cpu, device = first.dtype, first.is_cpu, "cpu"
+    if not on_cpu:
+        device = first.device.type
+        if device == "meta" or any(t is not None and t.device != first.device for t in tensors):
+            return False
+    if torch.is_autocast_enabled(device):
+        return False
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
+        return False
+    for t in tensors:
+        if t is not None and (
+            type(t) not in _ORDINARY or t.dtype != dtype or t.is_cpu is not on_cpu or t.is_neg()
+        ):
+            return False
+    return True
+
+
+_ORDINARY = (Tensor, torch.nn.Parameter)
+
+
+def _flat(bias: Tensor | None) -> Tensor | None:
+    """Kernels that see addresses read one element behind the other."""
+    return bias if bias is None or bias.is_contiguous() else bias.contiguous()
+
+
+@lru_cache(maxsize=4096)
+def runner(plan: Plan) -> Runner:
+    """The plan's Runner."""
+    return Runner(plan)
+
+
+def execute(plan: Plan, x: Tensor, packed: Any, bias: Any, residual: Tensor | None) -> Tensor:
+    """`ops.execute` on tensors: y is allocated by PyTorch, kernels on NumPy arrays see views."""
+    return runner(plan)(x, packed, bias, residual)
+
+
+def packed_weights(plan: Plan, weight: Tensor) -> Any:
+    """The weights in the form that a plan's kernel reads, packed once per tensor and content."""
+    return held_weights(weight).form(runner(plan), weight)
+
+
+def device_workspace(size: int, like: Tensor) -> Tensor | None:
+    """Scratch for a kernel on the stream of this call: PyTorch's allocator keeps streams apart."""
+    return like.new_empty(size) if size else None
+
+
+def precision_of(input: Tensor) -> str:
+    """'tf32' where the user lets PyTorch's own convolutions of this tensor round to TF32."""
+    if input.device.type != "cuda" or input.dtype != torch.float32:
+        return "ieee"
+    conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    return "tf32" if conv.fp32_precision == "tf32" else "ieee"
+
+
+def dtype_of(tensor: Tensor) -> str:
+    """The name of a tensor's precision."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def new_dense(shape: Sequence[int], like: Tensor, layout: str) -> Tensor:
+    """An uninitialised tensor (N, C, *size) in a layout."""
+    memory = tuple(shape) if layout == CONTIGUOUS else (shape[0], *shape[2:], shape[1])
+    plain = type(like) is Tensor and like.device.type == "cpu"
+    if plain and like.dtype in torch_memory.DTYPES:
+        y = torch_memory.empty(memory, like.dtype)
+    else:
+        y = like.new_empty(memory)
+    return y if layout == CONTIGUOUS else y.movedim(-1, 1)
+
+
+def dense_strides(shape: Sequence[int], layout: str) -> tuple[int, ...]:
+    """Strides of a tensor (N, C, *size) that is dense in a layout."""
+    order = range(len(shape)) if layout == CONTIGUOUS else (0, *range(2, len(shape)), 1)
+    strides, step = [0] * len(shape), 1
+    for axis in reversed(order):
+        strides[axis] = step
+        step *= max(shape[axis], 1)
+    return tuple(strides)
+
+
+def dense(tensor: MaybeTensor, layout: str) -> MaybeTensor:
+    """The tensor itself if it is dense in the layout, else a copy that is."""
+    if tensor is None:
+        return None
+    if layout == CONTIGUOUS:
+        return tensor.contiguous()
+    if tensor.dim() in _CHANNELS_LAST:
+        return tensor.contiguous(memory_format=_CHANNELS_LAST[tensor.dim()])
+    return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def follow_threads() -> int:
+    """`torch.set_num_threads` rules the Numba kernels too; their number."""
+    import numba
+
+    from .numba_kernels import simd
+
+    wanted = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    if simd.threads() != wanted:
+        numba.set_num_threads(wanted)
+    return wanted
