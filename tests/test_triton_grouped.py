@@ -128,6 +128,7 @@ def test_every_config_is_exact_on_integers(config):
     assert_rounded_once(run(plan, x, w), exact(x.cpu().double(), w.cpu().double(), SMALL))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter's NumPy
 @pytest.mark.parametrize(
     ("dtype", "value"), [("float32", torch.inf), ("bfloat16", torch.inf), ("float32", torch.nan)]
 )
