@@ -10,21 +10,17 @@ from math import prod
 from ..plan import Plan
 from .winograd_schedule import ITEM, Chunk, Schedule, schedule_of, sums
 
-START_NS = 3000.0  # of a kernel
+CALL_NS, START_NS = 2000.0, 1500.0  # of a run, and of each kernel
 RAMP_NS = 6000.0  # of a product: its first loads and its last stores overlap with nothing
 INPUT_BYTES, OUTPUT_BYTES = 3300.0, 3700.0  # per nanosecond, of the transforms
-CONTIGUOUS = 0.72  # of these where x and y are contiguous
-# Nanoseconds of the whole chip per program: for itself, and per step and 2^17 multiplications; by
-# the number of sums (one, or several) and what is multiplied.
+CONTIGUOUS = 0.75  # of these where x and y are contiguous
+# Nanoseconds of the whole chip per program, for itself and per step and 2^17 multiplications: with
+# one sum, several, and more than four.
 PROGRAM_NS = {
-    ("split", False): (20.0, 4.2),
-    ("split", True): (12.0, 3.73),
-    ("tf32", False): (20.0, 1.6),
-    ("tf32", True): (12.0, 1.6),
-    ("half", False): (20.0, 0.8),
-    ("half", True): (12.0, 0.8),
-    ("ieee", False): (20.0, 18.0),
-    ("ieee", True): (20.0, 18.0),
+    "split": ((10.0, 3.6), (12.0, 3.73), (12.0, 8.0)),
+    "tf32": ((10.0, 2.4), (10.0, 2.0), (12.0, 4.0)),
+    "half": ((10.0, 1.2), (10.0, 1.2), (12.0, 2.4)),
+    "ieee": ((20.0, 18.0), (20.0, 18.0), (20.0, 18.0)),
 }
 MULTIPLICATIONS = 1 << 17
 PROCESSORS = 132
@@ -39,8 +35,8 @@ def estimate_ms(plan: Plan) -> float:
     if s.direct:
         rows = s.geometry.batch * s.axes[0].count * prod(a.out for a in s.axes[1:])
         moved = ITEM[plan.dtype] * (_x(s) + _y(s))
-        return (max(_product(s, rows), moved / BYTES) + START_NS) / 1e6
-    return sum(_staged(s, chunk) for chunk in s.chunks) / 1e6
+        return (max(_product(s, rows), moved / BYTES) + START_NS + CALL_NS) / 1e6
+    return (sum(_staged(s, chunk) for chunk in s.chunks) + CALL_NS) / 1e6
 
 
 def _x(s: Schedule) -> int:
@@ -67,10 +63,10 @@ def _staged(s: Schedule, chunk: Chunk) -> float:
 def _product(s: Schedule, rows: int) -> float:
     """Nanoseconds of a product over this many tiles."""
     p = s.product
-    several = s.fused and sums(s.axes[0]) > 1
-    alone, step = PROGRAM_NS[s.precision, several]
+    count = sums(s.axes[0]) if s.fused else 1
+    alone, step = PROGRAM_NS[s.precision][(count > 1) + (count > 4)]
     programs = s.points * -(-rows // p.rows) * (s.columns // p.columns)
     work = s.alpha * p.rows * p.columns * p.depth / MULTIPLICATIONS
-    each = alone * p.rows * p.columns / (64 * 32) / (1 if several else 8)
+    each = alone * p.rows * p.columns / (64 * 32) / (1 if count > 1 else 8)
     each += s.depth // p.depth * step * work
     return max(programs, PROCESSORS) * each + RAMP_NS
