@@ -189,7 +189,7 @@ def test_layouts_give_the_same_bits():
 def test_direct_frames_that_share_inputs(frames):
     """Several outputs per program, more than there are as well."""
     geometry = block((5, 7, 6), (7, 4, 3), (3, 3, 3), stride=(2, 1, 1))
-    plan = plan_for(geometry, config={"t_frames": frames})
+    plan = plan_for(geometry, config={"t_outputs": frames})
     arrays = arrays_for(plan)
     assert torch.equal(run(plan, *arrays), run(replace(plan, config=()), *arrays))
 

@@ -126,6 +126,7 @@ def grouped_tiles(
     first = tile // PARTS * (GT * CG)
     if WIDE:
         block, first, tile = block.to(tl.int64), first.to(tl.int64), tile.to(tl.int64)
+        in_w, out_w = tl.cast(in_w, tl.int64), tl.cast(out_w, tl.int64)
     q = block * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = q < pixels
     volume = out_t * out_h * out_w

@@ -43,6 +43,7 @@ def grouped_weight_sums(
     tile, part = at % tiles, at // tiles
     if WIDE:
         part, tile = part.to(tl.int64), tile.to(tl.int64)
+        in_w, out_w = tl.cast(in_w, tl.int64), tl.cast(out_w, tl.int64)
     column = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
     tap = column // BLOCK_CI
     c = c_block * BLOCK_CI + column % BLOCK_CI

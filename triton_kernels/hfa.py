@@ -22,20 +22,20 @@ from . import hfa_source, launch
 from .emit import kernel
 from .launch import Launch, Tensor
 
-# Rows (pixels) and output channels of a block of the temporal (T) and the spatial (S) kernel,
-# input channels per step, warps; 0 or absent: by the rules below.
+# Of the temporal (t) and the spatial kernel (s): rows, that is pixels, output channels and input
+# channels of a block, warps, stages, and outputs of a program that share inputs. Absent: by rule.
 CONFIGS: tuple[dict[str, int], ...] = (
     {},
-    {"t_rows": 32},
-    {"t_rows": 128},
-    {"t_warps": 4},
-    {"t_warps": 8},
-    {"s_rows": 32},
+    {"t_outputs": 1, "t_rows": 128},
+    {"t_outputs": 2},
+    {"t_outputs": 4},
+    {"t_ci": 32},
+    {"s_outputs": 2},
+    {"s_outputs": 2, "s_ci": 16},
     {"s_rows": 128},
-    {"s_warps": 4},
-    {"s_warps": 8},
+    {"s_ci": 64},
+    {"s_co": 64},
 )
-SHARING = 2  # outputs that share inputs, behind each other in time or below each other
 
 
 def supports(
@@ -86,8 +86,6 @@ def _mode(plan: Plan) -> str:
     """How products are made: 'split' float32 is as good as IEEE, and on tensor cores."""
     if plan.dtype != "float32":
         return "plain"
-    if plan.options.get("chained"):
-        return "chained"
     return "rounded" if plan.precision == "tf32" else "split"
 
 
@@ -124,7 +122,11 @@ def _temporal(plan: Plan) -> Launch:
     fast = hfa_source.fast(t)
     last = plan.layout == CHANNELS_LAST
     area, out_frames = g.in_size[1] * g.in_size[2], g.out_size[0]
-    outputs = t.m if fast else min(plan.options.get("t_frames", _sharing(plan)), out_frames)
+    outputs = (
+        t.m
+        if fast
+        else min(plan.options.get("t_outputs", 1 if _mode(plan) == "split" else 2), out_frames)
+    )
     tiles = -(-out_frames // outputs)
     rows = g.batch * tiles * area
     block = _temporal_block(plan, t.alpha if fast else outputs)
@@ -155,7 +157,7 @@ def _temporal(plan: Plan) -> Launch:
 def _spatial(plan: Plan) -> Launch:
     _, g, p = plan.geometry.stages
     last = plan.layout == CHANNELS_LAST
-    outputs = min(plan.options.get("s_outputs", _sharing(plan)), g.out_size[1])
+    outputs = min(plan.options.get("s_outputs", 1), g.out_size[1])
     bands = -(-g.out_size[1] // outputs)
     images = g.batch * g.out_size[0]
     rows = images * bands * g.out_size[2]
@@ -185,11 +187,6 @@ def _spatial(plan: Plan) -> Launch:
     )  # fmt: skip
 
 
-def _sharing(plan: Plan) -> int:
-    """Outputs of a program that share inputs; split products leave no registers for several."""
-    return 1 if _mode(plan) in ("split", "chained") else SHARING
-
-
 def _temporal_block(plan: Plan, points: int) -> dict[str, int]:
     """Blocks of rows x output channels whose accumulators, `points` of them, fit into registers.
 
@@ -197,27 +194,35 @@ def _temporal_block(plan: Plan, points: int) -> dict[str, int]:
     """
     options, temporal = plan.options, plan.geometry.temporal
     block_p = options.get("t_rows", 64)
-    warps = max(4, block_p // 16)
+    warps = options.get("t_warps", max(4, block_p // 16))
     block_co = min(64, max(16, launch.power_of_two(temporal.out_channels)))
     while points * block_p * block_co > 64 * 32 * warps and block_co > 16:
         block_co //= 2
-    deep = options.get("t_ci", 16 if _mode(plan) in ("split", "chained") else 32)
+    deep = options.get("t_ci", _step(plan, temporal.in_channels))
     return {
         "BLOCK_P": block_p,
         "BLOCK_CI": min(deep, max(16, launch.power_of_two(temporal.in_channels))),
         "BLOCK_CO": options.get("t_co", block_co),
-        "warps": options.get("t_warps", warps),
+        "warps": warps,
         "stages": options.get("t_stages", 2),
     }
+
+
+def _step(plan: Plan, channels: int) -> int:
+    """Input channels at a time; fewer where every element is loaded by an address of its own."""
+    return 16 if plan.dtype == "float32" or channels % 16 else 32
 
 
 def _spatial_block(plan: Plan) -> dict[str, int]:
     """As many output channels in a block as registers hold: the depthwise stage runs per block."""
     options, pointwise = plan.options, plan.geometry.pointwise
-    block_p = options.get("s_rows", 64)
-    most = options.get("s_co", 128 if plan.dtype == "float32" else 256)
+    most = 128 if plan.dtype == "float32" else 256
+    if plan.layout != CHANNELS_LAST or pointwise.in_channels % 16:
+        most = 64  # addresses take registers too
+    most = options.get("s_co", most)
     block_co = min(most, max(16, launch.power_of_two(pointwise.out_channels)))
-    deep = options.get("s_ci", 32)
+    block_p = options.get("s_rows", 128 if block_co == 256 else 64)
+    deep = options.get("s_ci", 16 if pointwise.in_channels % 16 else 32)
     return {
         "BLOCK_P": block_p,
         "BLOCK_CI": min(deep, max(16, launch.power_of_two(pointwise.in_channels))),

@@ -123,7 +123,7 @@ def parts(name: str, mode: str) -> list[str]:
             f"{name} = tl.where(tl.abs({name}) < float('inf'), "
             f"({bits}).to(tl.float32, bitcast=True), {name})"
         ]
-    if mode in ("split", "chained"):
+    if mode == "split":
         bits = f"({name}.to(tl.int32, bitcast=True) & -8192)"
         return [
             f"{name}_large = {bits}.to(tl.float32, bitcast=True)",
@@ -133,24 +133,24 @@ def parts(name: str, mode: str) -> list[str]:
     return []
 
 
-def product(total: str, operand: str, weights: str, mode: str) -> list[str]:
+def product(total: str, operand: str, weights: str, mode: str, outside: bool = True) -> list[str]:
     """total += operand weights; split, as three products of all parts but both small ones.
 
-    Tensor cores cut where they add, by up to a bit of the total; long sums of split products are
-    therefore added outside, where additions round.
+    outside  Tensor cores cut where they add, by up to a bit of the total; so a long sum of split
+             products is added outside of them, where additions round. That takes registers for
+             one more block.
     """
-    if mode == "chained":
-        pairs = [("small", weights), ("bounded", f"small_{weights}"), ("large", weights)]
-        return [
-            f"{total} = tl.dot({operand}_{a}, {b}, {total}, input_precision='tf32')"
-            for a, b in pairs
-        ]
+    precision = "input_precision='tf32'"
     if mode != "split":
-        return [f"{total} = tl.dot({operand}, {weights}, {total}, input_precision='tf32')"]
+        return [f"{total} = tl.dot({operand}, {weights}, {total}, {precision})"]
+    first, rest = (f"{operand}_small, {weights}", f"{operand}_bounded, small_{weights}")
+    if not outside:
+        terms = (first, rest, f"{operand}_large, {weights}")
+        return [f"{total} = tl.dot({term}, {total}, {precision})" for term in terms]
     return [
-        f"part = tl.dot({operand}_small, {weights}, input_precision='tf32')",
-        f"part = tl.dot({operand}_bounded, small_{weights}, part, input_precision='tf32')",
-        f"{total} += tl.dot({operand}_large, {weights}, part, input_precision='tf32')",
+        f"part = tl.dot({first}, {precision})",
+        f"part = tl.dot({rest}, part, {precision})",
+        f"{total} += tl.dot({operand}_large, {weights}, part, {precision})",
     ]
 
 
@@ -170,9 +170,9 @@ def _fast_products(
         for j in range(t.alpha):
             point = phase * t.alpha + j
             lines += [f"v = v{j}.to(x_ptr.dtype.element_ty)", _weights(point)]
-            if mode in ("split", "chained"):
+            if mode == "split":
                 lines += [_weights(phases * t.alpha + point, "small_u")]
-            lines += [*parts("v", mode), *product(f"m{j}", "v", "u", mode)]
+            lines += [*parts("v", mode), *product(f"m{j}", "v", "u", mode, False)]
     return lines
 
 
@@ -186,7 +186,7 @@ def _direct_products(
         lines += parts(f"d{at}", mode)
     for k in range(taps):
         lines.append(_weights(k))
-        lines += [_weights(taps + k, "small_u")] if mode in ("split", "chained") else []
+        lines += [_weights(taps + k, "small_u")] if mode == "split" else []
         for i in range(outputs):
             lines += product(f"m{i}", f"d{i * stride + k}", "u", mode)
     return lines
@@ -279,7 +279,7 @@ def spatial(
             *(f"a{o} += z * w{r}" for o, r in uses),
         ]
     products = []
-    if mode in ("split", "chained"):
+    if mode == "split":
         products.append("small_v = tl.load(v_at + K * M, mask=v_mask, other=0.0)")
     results = []
     for o in range(outputs):
