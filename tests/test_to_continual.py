@@ -93,7 +93,7 @@ def test_every_network_of_the_zoo(name):
 TRUNKS = {
     "i3d_r50": (16, 5), "i3d": (16, 17), "s3d": (32, 17), "r3d_18": (16, 9),
     "d_resnet18": (16, 3), "d_resnet18_sum": (16, 3), "resnet3d_18": (16, 17),
-    "squeezenet3d": (16, 17), "shufflenet3d_v1_x0_5": (16, 17),
+    "squeezenet3d": (16, 17), "shufflenet3d_v1_x0_5": (64, 17),
     "shufflenet3d_v2_x0_25": (16, 17), "mfnet3d": (16, 5), "c3d": (16, 17),
 }  # fmt: skip
 
