@@ -104,6 +104,14 @@ DEPTHWISE, DEPTHWISE_SHARE = 6.5e3, 0.75
 GROUPED = {"ieee": 8.5e3, "tf32": 9e3, "float16": 8e3, "bfloat16": 8e3}
 DENSE = {"ieee": 17e3, "tf32": 60e3, "float16": 150e3, "bfloat16": 150e3}
 DENSE_SHARE = 0.75
+# The temporal stage of a block, by its tile: transforms take registers from the products.
+TEMPORAL = {
+    "ieee": {1: 36e3, 2: 17e3, 4: 11e3},
+    "tf32": {1: 60e3, 2: 30e3, 4: 25e3},
+    "float16": {1: 150e3, 2: 39e3, 4: 38e3},
+    "bfloat16": {1: 150e3, 2: 39e3, 4: 38e3},
+}
+POINTWISE = {"ieee": 16e3, "tf32": 25e3, "float16": 32e3, "bfloat16": 32e3}  # and depthwise in it
 
 
 def _depthwise(plan: Plan) -> float:
@@ -129,11 +137,12 @@ def _winograd(plan: Plan) -> float:
 
 def _hfa(plan: Plan) -> float:
     """Two kernels: the temporal stage, then depthwise and pointwise together."""
-    temporal, depthwise, pointwise = stages(plan)
+    temporal, _, pointwise = stages(plan)
     time = plan.transforms[0]
     saving = time.m * time.r / time.alpha
-    compute = temporal.geometry.macs / saving + pointwise.geometry.macs
-    products = compute / DENSE[precision(plan)] + depthwise.geometry.macs / DEPTHWISE
+    rates = TEMPORAL[precision(plan)]
+    products = temporal.geometry.macs / saving / rates[max(m for m in rates if m <= time.m)]
+    products += pointwise.geometry.macs / POINTWISE[precision(plan)]
     y_bytes = [prod(s.geometry.y_shape) * ELEMENT_BYTES[plan.dtype] for s in (temporal, pointwise)]
     moved = _moved(temporal) + y_bytes[0] + y_bytes[1]
     return max(products, moved / (DENSE_SHARE * BYTES)) / 1e6 + 2 * START_MS

@@ -36,6 +36,7 @@ CONFIGS: tuple[dict[str, int], ...] = (
     {"s_ci": 64},
     {"s_co": 64},
 )
+SHORT = 16  # channels of a sum that is made without tensor cores
 
 
 def supports(
@@ -83,10 +84,16 @@ def _filter_transform(w: Tensor, t: Transform, stride: int) -> Tensor:
 
 
 def _mode(plan: Plan) -> str:
-    """How products are made: 'split' float32 is as good as IEEE, and on tensor cores."""
+    """How products are made: 'split' float32 is as good as IEEE, and on tensor cores.
+
+    That is so in sums. A single split product is rounded to 22 bits, so short sums are 'exact'.
+    """
     if plan.dtype != "float32":
         return "plain"
-    return "rounded" if plan.precision == "tf32" else "split"
+    if plan.precision == "tf32":
+        return "rounded"
+    first = plan.geometry.temporal
+    return "split" if min(first.in_channels, first.out_channels) >= SHORT else "exact"
 
 
 def _as_operand(u: Tensor, plan: Plan) -> Tensor:
@@ -95,7 +102,7 @@ def _as_operand(u: Tensor, plan: Plan) -> Tensor:
     Where they are split, what that misses is in another `points` behind.
     """
     mode = _mode(plan)
-    if mode == "plain":
+    if mode in ("plain", "exact"):
         return u.to(getattr(torch, plan.dtype))
     bits = u.float().view(torch.int32)
     large = torch.where(u.isfinite(), ((bits + 4096) & -8192).view(torch.float32), u.float())

@@ -140,7 +140,7 @@ def product(total: str, operand: str, weights: str, mode: str, outside: bool = T
              products is added outside of them, where additions round. That takes registers for
              one more block.
     """
-    precision = "input_precision='tf32'"
+    precision = f"input_precision='{'ieee' if mode == 'exact' else 'tf32'}'"
     if mode != "split":
         return [f"{total} = tl.dot({operand}, {weights}, {total}, {precision})"]
     first, rest = (f"{operand}_small, {weights}", f"{operand}_bounded, small_{weights}")
