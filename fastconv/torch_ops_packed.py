@@ -68,14 +68,19 @@ class PackedWeights:
         held = self._packed.get(runner)
         if held is None:
             packed = pack(runner.plan, weight)
+            if _recording(weight):
+                return packed  # memory of the graph, written when it is replayed
             held = self._packed[runner] = (packed, *_moment(weight), ())
         return self._current(held, weight)
 
     @staticmethod
     def _current(held: tuple[Any, ...], weight: Tensor) -> Any:
         packed, stream, event, _ = held
-        if stream is not None and torch.cuda.current_stream(weight.device) != stream:
-            # Packed on one stream, read on another.
+        if stream is None or torch.cuda.current_stream(weight.device) == stream:
+            return packed
+        # Packed on one stream, read on another. What was packed before a graph is recorded is done:
+        # recording begins with a wait for everything.
+        if not _recording(weight):
             torch.cuda.current_stream(weight.device).wait_event(event)
         return packed
 
@@ -84,12 +89,20 @@ class PackedWeights:
         the rest, which are new ones if they were written."""
         held = self._packed.get(runner)
         if held is None or any(a is not b for a, b in zip(held[3], others, strict=True)):
-            held = self._packed[runner] = (pack(runner.plan, weights), *_moment(weights[0]), others)
+            packed = pack(runner.plan, weights)
+            if _recording(weights[0]):
+                return packed
+            held = self._packed[runner] = (packed, *_moment(weights[0]), others)
         return self._current(held, weights[0])
 
     def drop(self) -> None:
         """Pack again when a form is asked for next."""
         self._packed.clear()
+
+
+def _recording(weight: Tensor) -> bool:
+    """Whether a CUDA graph is being recorded."""
+    return weight.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _moment(weight: Tensor) -> tuple[Any, Any]:
