@@ -138,9 +138,9 @@ def _kernels(
     for name, family in product(names, families):
         if device not in backends.devices(name) or (name == "triton" and geometry.groups == 1):
             continue  # one group is cuDNN's
-        if name == "triton" and family == "grouped" and gradient == "weight_gradient":
-            if dtype != "float32":
-                continue  # so is this in half precision
+        half = dtype != "float32"
+        if name == "triton" and family == "grouped" and gradient == "weight_gradient" and half:
+            continue  # so is this
         module = backends.gradients(family, name)
         if module is not None and module.supports(geometry, dtype) is None:
             return module, name, family
