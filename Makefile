@@ -71,7 +71,7 @@ $(PEERS): $(INSTALLED) requirements-bench.txt
 # For a machine without a network: its own Python brings PyTorch, the package goes beside it.
 # Its tests are those of the families on Triton's kernels, by several processes where xdist is.
 GPU_TESTS := tests/test_depthwise.py tests/test_grouped.py tests/test_winograd.py tests/test_hfa.py \
-	tests/test_continual.py $(filter-out tests/test_triton_compile.py,$(wildcard tests/test_triton_*.py))
+	tests/test_continual.py tests/test_torch_gradients.py $(filter-out tests/test_triton_compile.py,$(wildcard tests/test_triton_*.py))
 gpu:  ## check and time everything on this machine's GPU (OUT=folder for the rows)
 	$(if $(NO_GPU),$(error no GPU here: $(NO_GPU)))
 	rm -rf build/gpu-site build/lib && mkdir -p $(OUT)

@@ -47,12 +47,15 @@ def main(args: argparse.Namespace) -> int:
 
 
 def compile_all(chosen: Sequence[Case], settings: Settings) -> None:
-    """Have our kernels compiled by several processes at once: Triton keeps them on disk."""
-    slowest_first = sorted(chosen, key=lambda case: case.kind != "networks")
-    workers = min(WORKERS, settings.threads, len(chosen))
+    """Have our kernels compiled by several processes at once: Triton keeps them on disk.
+
+    A network has many, for one process: it compiles them when its turn comes, beside nobody.
+    """
+    small = [case for case in chosen if case.kind != "networks"]
+    workers = max(1, min(WORKERS, settings.threads, len(small)))
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(_compile, case, settings) for case in slowest_first]
-        for case, future in zip(run.progress(slowest_first, "compiling"), futures, strict=True):
+        futures = [pool.submit(_compile, case, settings) for case in small]
+        for case, future in zip(run.progress(small, "compiling"), futures, strict=True):
             if future.exception() is not None:
                 print(f"{case.name}: {future.exception()}", file=sys.stderr)
 
