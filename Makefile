@@ -4,7 +4,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO ?=
-TESTS ?=
 BENCH ?=
 OUT ?= build/bench
 PEERS := $(VENV)/.peers-installed
@@ -35,13 +34,20 @@ $(INSTALLED): requirements-dev.txt pyproject.toml setup.py $(wildcard csrc/*)
 demo: $(INSTALLED)  ## run a real video through X3D-M twice and compare (DEMO="--network c3d")
 	$(BIN)/python -m fastconv demo $(DEMO)
 
-# Triton's kernels once more, by its interpreter, on the family tests of every backend.
-INTERPRETED := $(wildcard tests/test_triton_*.py) tests/test_depthwise.py tests/test_grouped.py \
-	tests/test_winograd.py tests/test_hfa.py tests/test_continual.py
+# Several processes, whose waiting threads sleep: spinning, they would take each other's time. What
+# compiles for GPUs has threads of its own. Triton's kernels then run once more, by its interpreter.
+SHARED := OMP_WAIT_POLICY=passive $(BIN)/pytest -n auto --dist loadfile
+INTERPRETED := tests/test_depthwise.py tests/test_grouped.py tests/test_winograd.py tests/test_hfa.py \
+	tests/test_continual.py $(filter-out %_compile.py %_gpu.py,$(wildcard tests/test_triton_*.py))
 
 test: $(INSTALLED)  ## run the tests (TESTS="tests/test_video.py -x")
+ifdef TESTS
 	$(BIN)/pytest $(TESTS)
-	$(if $(TESTS),,TRITON_INTERPRET=1 FASTCONV_TEST_BACKENDS=triton $(BIN)/pytest $(INTERPRETED))
+else
+	$(SHARED) --ignore=tests/test_triton_compile.py
+	$(BIN)/pytest tests/test_triton_compile.py
+	TRITON_INTERPRET=1 FASTCONV_TEST_BACKENDS=triton $(SHARED) $(INTERPRETED)
+endif
 
 # Memory and undefined behaviour first, then data races: the thread sanitizer does not see into
 # OpenMP's library, so that build has threads of its own. Python itself is not instrumented.
