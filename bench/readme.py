@@ -92,14 +92,14 @@ def section(document: Document) -> str:
         absent = [group[0]["name"] for group in rows if group[0]["status"] != "ok"]
         if absent:
             lines += ["", f"Not measured: {', '.join(absent)}."]
-    others = [
-        r[0]["ratio"] for r in document.cases() if r[0]["source"] != TABLE and r[0].get("ratio")
-    ]
+    further = [r[0] for r in document.cases() if r[0]["source"] != TABLE and r[0].get("ratio")]
+    others = [row["ratio"] for row in further if not row["noisy"]]
     if others:
         slower = sum(ratio < 1 for ratio in others)
         lines += [
             "",
-            f"{len(others)} further layers of the networks: ratio {median(others):.2f} in the "
+            f"{len(others)} further layers of the networks, without {len(further) - len(others)} "
+            f"whose times were noisy: ratio {median(others):.2f} in the "
             f"middle, {min(others):.2f} to {max(others):.2f}; {slower} are slower than the best "
             "peer.",
         ]
