@@ -63,6 +63,7 @@ TORCH_POINTWISE = 80.0  # equal to ours on X3D-M's maps, half or less on X3D-S's
 TORCH_THIN = 15.0  # oneDNN with fewer than 8 input channels
 TORCH_FEW_PIXELS = 30.0  # several taps on few pixels, or on one frame
 THIN_CHANNELS, FEW_PIXELS = 8, 256
+TORCH_WINDOW_BYTES = 14.0  # of a stream's window, per nanosecond
 TORCH_CONTIGUOUS_FLAT = 1.5  # depthwise, contiguous, and a kernel flat on one of three axes
 LAYOUT_BYTES, LAYOUT_BYTES_IN_CACHE = 10.0, 40.0  # the reorder of contiguous arrays
 LANES = 16  # output channels come in whole vectors, where they are in the lanes
@@ -89,7 +90,8 @@ def estimate_ms(plan: Plan) -> float:
     moved = _moved_bytes(plan)
     memory = moved / (rate.bytes * (IN_CACHE if moved <= CACHE_BYTES // 2 else 1.0))
     hidden = max(compute / workers, memory)
-    return (hidden + _layout_copies(plan) + _streaming(plan, workers)) / 1e6 + rate.call_ms
+    extra = _layout_copies(plan) + _streaming(plan, workers) + _window(plan)
+    return (hidden + extra) / 1e6 + rate.call_ms
 
 
 def threads() -> int:
@@ -166,6 +168,14 @@ def _layout_copies(plan: Plan) -> float:
     moved = of_plan(plan).activation_bytes
     cached = moved <= CACHE_BYTES // 2
     return 2 * moved / (LAYOUT_BYTES_IN_CACHE if cached else LAYOUT_BYTES)
+
+
+def _window(plan: Plan) -> float:
+    """Nanoseconds in which PyTorch's backend puts the window of a column together."""
+    if plan.backend != "torch" or plan.family != "continual":
+        return 0.0
+    assert isinstance(plan.geometry, Geometry)
+    return prod(plan.geometry.x_shape) * ELEMENT_BYTES[plan.dtype] / TORCH_WINDOW_BYTES
 
 
 def _streaming(plan: Plan, workers: int) -> float:
