@@ -87,7 +87,7 @@ def estimate_ms(plan: Plan) -> float:
     rate, workers = FAST.get((plan.backend, plan.family), SLOW), threads()
     compute = multiplications(plan) * _padding(plan) / _per_ns(plan, rate)
     compute += _transform_operations(plan) / rate.transforms
-    moved = _moved_bytes(plan)
+    moved = costs_cuda.moved_bytes(plan)
     memory = moved / (rate.bytes * (IN_CACHE if moved <= CACHE_BYTES // 2 else 1.0))
     hidden = max(compute / workers, memory)
     extra = _layout_copies(plan) + _streaming(plan, workers) + _window(plan)
@@ -149,16 +149,6 @@ def _per_ns(plan: Plan, rate: Rate) -> float:
     if prod(geometry.kernel[1:]) > 1 and (few or plan.family == "continual"):
         return min(usual, TORCH_FEW_PIXELS)
     return min(usual, TORCH_POINTWISE) if geometry.taps == 1 else usual
-
-
-def _moved_bytes(plan: Plan) -> float:
-    """Weights and activations, each once; input pixels that strides skip are not moved."""
-    counts, geometry = of_plan(plan), plan.geometry
-    skipped = 0.0
-    if isinstance(geometry, Geometry):
-        read = prod(min(1.0, k / s) for k, s in zip(geometry.kernel, geometry.stride, strict=True))
-        skipped = (1 - read) * prod(geometry.x_shape) * ELEMENT_BYTES[plan.dtype]
-    return counts.weight_bytes + counts.activation_bytes - skipped
 
 
 def _layout_copies(plan: Plan) -> float:

@@ -39,7 +39,7 @@ def precision(plan: Plan) -> str:
     return plan.precision if plan.dtype == "float32" else plan.dtype
 
 
-def _moved(plan: Plan) -> float:
+def moved_bytes(plan: Plan) -> float:
     """Bytes of weights and activations, each once; input that strides skip is not moved."""
     counts, geometry = of_plan(plan), plan.geometry
     skipped = 0.0
@@ -55,7 +55,7 @@ def _torch(plan: Plan) -> float:
     if isinstance(geometry, SeparableGeometry):
         return sum(map(_torch, stages(plan)))
     assert isinstance(plan.epilogue, Epilogue)
-    moved = _moved(plan)
+    moved = moved_bytes(plan)
     y_bytes = prod(geometry.y_shape) * ELEMENT_BYTES[plan.dtype]
     memory = moved / (MEMORY_SHARE * BYTES)
     copies = 0.0
@@ -116,7 +116,7 @@ POINTWISE = {"ieee": 16e3, "tf32": 25e3, "float16": 32e3, "bfloat16": 32e3}  # a
 
 def _depthwise(plan: Plan) -> float:
     compute = plan.geometry.macs / DEPTHWISE
-    return max(compute, _moved(plan) / (DEPTHWISE_SHARE * BYTES)) / 1e6 + START_MS
+    return max(compute, moved_bytes(plan) / (DEPTHWISE_SHARE * BYTES)) / 1e6 + START_MS
 
 
 def _grouped(plan: Plan) -> float:
@@ -125,7 +125,7 @@ def _grouped(plan: Plan) -> float:
     rates = GROUPED if geometry.groups > 1 else DENSE
     share = 1.0 if geometry.groups > 1 else tile_share(geometry.out_channels)
     compute = geometry.macs / (rates[precision(plan)] * share)
-    return max(compute, _moved(plan) / (DENSE_SHARE * BYTES)) / 1e6 + START_MS
+    return max(compute, moved_bytes(plan) / (DENSE_SHARE * BYTES)) / 1e6 + START_MS
 
 
 def _winograd(plan: Plan) -> float:
@@ -144,7 +144,7 @@ def _hfa(plan: Plan) -> float:
     products = temporal.geometry.macs / saving / rates[max(m for m in rates if m <= time.m)]
     products += pointwise.geometry.macs / POINTWISE[precision(plan)]
     y_bytes = [prod(s.geometry.y_shape) * ELEMENT_BYTES[plan.dtype] for s in (temporal, pointwise)]
-    moved = _moved(temporal) + y_bytes[0] + y_bytes[1]
+    moved = moved_bytes(temporal) + y_bytes[0] + y_bytes[1]
     return max(products, moved / (DENSE_SHARE * BYTES)) / 1e6 + 2 * START_MS
 
 
