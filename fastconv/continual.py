@@ -324,7 +324,7 @@ def continual_steps(
     if is_tensor(input):
         from .torch_ops import new_dense
 
-        y: Any = new_dense(shape, input, layout_of(input))
+        y = new_dense(shape, input, layout_of(input))
     else:
         y = ops.empty(shape, input.dtype, layout_of(input))
     for t in range(input.shape[2]):
