@@ -109,7 +109,7 @@ def test_the_wheel_says_what_it_needs(wheel):
     assert metadata["Requires-Python"] == ">=3.10"
     needs = metadata.get_all("Requires-Dist")
     assert [need for need in needs if "extra ==" not in need] == ["numpy>=1.26"]
-    assert {"c", "numba", "torch", "demo", "bench", "test", "dev"} == set(
+    assert {"c", "numba", "torch", "triton", "demo", "bench", "test", "dev"} == set(
         metadata.get_all("Provides-Extra")
     )
     assert "fastconv = fastconv.cli:main" in archive.read(f"{folder}/entry_points.txt").decode()

@@ -288,7 +288,7 @@ def test_a_workspace_is_for_the_threads_of_its_call(backend, monkeypatch):
         sizes.append(size)
         return np.empty(size, dtype)
 
-    monkeypatch.setattr(torch_ops.ops, "workspace", measured)
+    monkeypatch.setattr(ops, "workspace", measured)
     for threads in (2, 1, 2):
         torch.set_num_threads(threads)
         packed = torch_ops.packed_weights(runner.plan, w)
