@@ -21,7 +21,7 @@ from .emit import indented, kernel
 from .grouped_gather import Gather, pack_tiles
 from .grouped_lanes import reached
 from .grouped_tiles import groups_of_a_tile, sum_of_products, wide_packed
-from .launch import Launch, epilogue_constants, interpreted, power_of_two
+from .launch import Launch, epilogue_constants, power_of_two
 
 
 @triton.jit
@@ -56,7 +56,7 @@ _HEAD = """def grouped_frames(
     GT: tl.constexpr, CG: tl.constexpr, KG: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_CI: tl.constexpr, BLOCK_CO: tl.constexpr,
     LAST: tl.constexpr, RAGGED: tl.constexpr, ALIGN: tl.constexpr, ALIGN_Y: tl.constexpr,
-    PRECISION: tl.constexpr, WIDENED: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
 ):
 """
@@ -102,9 +102,7 @@ elif LAST:
     x = tl.load(x_at + (frame + {f}) * next_frame + offset, mask=mask, other=0.0)
 else:
     mask = real_c[:, None] & here[None, :]
-    x = tl.load(x_at + (frame + {f}) * next_frame + offset, mask=mask, other=0.0)
-if WIDENED:
-    x = x.to(tl.float32)""".splitlines()
+    x = tl.load(x_at + (frame + {f}) * next_frame + offset, mask=mask, other=0.0)""".splitlines()
 _AGAIN = """bad = {bad}
 if GT > 1 and tl.max(bad.to(tl.int32)) > 0:
     for i in range({times}):
@@ -113,7 +111,7 @@ if GT > 1 and tl.max(bad.to(tl.int32)) > 0:
             own = sum_of_products(
                 x_ptr, w_at, n + q * 0, frame + i * ST + q * 0, h, w, inside, group, first,
                 in_t, in_h, in_w, in_channels, KT, KH, KW, DT, DH, DW, 1, 1, 1, GT, CG, 1, True,
-                BLOCK_P, BLOCK_CI, BLOCK_CO, LAST, True, False, RAGGED, ALIGN, PRECISION, WIDENED)
+                BLOCK_P, BLOCK_CI, BLOCK_CO, LAST, True, False, RAGGED, ALIGN, PRECISION)
             if LAST:
                 z = tl.where((co // KG == group)[None, :], own, z)
             else:
@@ -137,11 +135,7 @@ def source(times: int, taps: int, stride: int, dilation: int) -> str:
     body = list(_TAP)
     for a in range(taps):
         at = f"({a} * KH * KW + tap) * (BLOCK_CI * BLOCK_CO)"
-        body += [
-            f"f{a} = tl.load(w_at + {at} + f_at)",
-            "if WIDENED:",
-            f"    f{a} = f{a}.to(tl.float32)",
-        ]
+        body.append(f"f{a} = tl.load(w_at + {at} + f_at)")
     for f, users in reached(times, taps, stride, dilation).items():
         body += [line.format(f=f) for line in _LOAD]
         for last, sides in (("if LAST:", "x, f{}"), ("else:", "f{}, x")):
@@ -204,7 +198,6 @@ class Frames:
             ("ALIGN", gcd(g.in_channels, self.each * g.inputs, 16)),
             ("ALIGN_Y", gcd(g.out_channels, 16)),
             ("PRECISION", self.precision),
-            ("WIDENED", self.dtype == "bfloat16" and interpreted()),
             ("WIDE", g.wide or wide_packed(self.pack[0])),
             *epilogue_constants(epilogue),
         )

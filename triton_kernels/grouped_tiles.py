@@ -19,7 +19,8 @@ import triton.language as tl
 from ..epilogue import Epilogue
 from . import finish
 from .grouped_gather import Gather, pack_tiles
-from .launch import Launch, epilogue_constants, interpreted, power_of_two
+from .interpreter import interpreted
+from .launch import Launch, epilogue_constants, power_of_two
 
 SHARED_CHANNELS = 16  # of a tile that small groups share: the depth of one tensor core product
 PROGRAMS = 264  # wanted at least, two for each multiprocessor of an H100
@@ -34,7 +35,7 @@ def sum_of_products(
     GT: tl.constexpr, CG: tl.constexpr, CI_BLOCKS: tl.constexpr, ALONE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_CI: tl.constexpr, BLOCK_CO: tl.constexpr,
     LAST: tl.constexpr, PADDED: tl.constexpr, FLAT: tl.constexpr, RAGGED: tl.constexpr,
-    ALIGN: tl.constexpr, PRECISION: tl.constexpr, WIDENED: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The sums of one tile in float32, (pixels, outputs) if LAST, else (outputs, pixels).
 
@@ -89,8 +90,6 @@ def sum_of_products(
                 x = tl.load(at, mask=ok[:, None] & real[None, :], other=0.0)
             w_at = w_ptr + step * (BLOCK_CI * BLOCK_CO)
             f = tl.load(w_at + (row[:, None] * BLOCK_CO + co[None, :]))
-            if WIDENED:
-                x, f = x.to(tl.float32), f.to(tl.float32)
             acc = tl.dot(x, f, acc, input_precision=PRECISION)
         else:
             offset = (first + c) * (in_t * in_h * in_w)
@@ -98,8 +97,6 @@ def sum_of_products(
             x = tl.load(at, mask=real[:, None] & ok[None, :], other=0.0)
             w_at = w_ptr + tap * (CI_BLOCKS * BLOCK_CI * BLOCK_CO)
             f = tl.load(w_at + (co[:, None] * (CI_BLOCKS * BLOCK_CI) + c[None, :]))
-            if WIDENED:
-                x, f = x.to(tl.float32), f.to(tl.float32)
             acc = tl.dot(f, x, acc, input_precision=PRECISION)
     return acc
 
@@ -117,7 +114,7 @@ def grouped_tiles(
     CI_BLOCKS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_CI: tl.constexpr, BLOCK_CO: tl.constexpr,
     LAST: tl.constexpr, PADDED: tl.constexpr, FLAT: tl.constexpr, RAGGED: tl.constexpr,
     ALIGN: tl.constexpr, ALIGN_Y: tl.constexpr,
-    PRECISION: tl.constexpr, WIDENED: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_P pixels, counted over the batch, and BLOCK_CO outputs of GT groups."""
@@ -145,7 +142,7 @@ def grouped_tiles(
     real = (co < GT * KG) & (k < out_channels)
     z = sum_of_products(x_ptr, w_ptr, n, t, h, w, inside, 0, first, in_t, in_h, in_w, in_channels,
              KT, KH, KW, DT, DH, DW, VT, VH, VW, GT, CG, CI_BLOCKS, False, BLOCK_P, BLOCK_CI,
-             BLOCK_CO, LAST, PADDED, FLAT, RAGGED, ALIGN, PRECISION, WIDENED)  # fmt: skip
+             BLOCK_CO, LAST, PADDED, FLAT, RAGGED, ALIGN, PRECISION)  # fmt: skip
     if GT > 1:
         bad = tl.max((z != z).to(tl.int32))
         if bad > 0:
@@ -153,7 +150,7 @@ def grouped_tiles(
                 own = sum_of_products(x_ptr, w_ptr, n, t, h, w, inside, group, first, in_t, in_h,
                            in_w, in_channels, KT, KH, KW, DT, DH, DW, VT, VH, VW, GT, CG, CI_BLOCKS,
                            True, BLOCK_P, BLOCK_CI, BLOCK_CO, LAST, PADDED, FLAT, RAGGED,
-                           ALIGN, PRECISION, WIDENED)  # fmt: skip
+                           ALIGN, PRECISION)  # fmt: skip
                 if LAST:
                     z = tl.where((co // KG == group)[None, :], own, z)
                 else:
@@ -223,7 +220,6 @@ class Tiles:
             ("ALIGN", gcd(g.in_channels, channels, 16)),
             ("ALIGN_Y", gcd(g.out_channels, 16)),
             ("PRECISION", self.precision),
-            ("WIDENED", self.dtype == "bfloat16" and interpreted()),
             ("WIDE", g.wide or wide_packed(size)),
             *epilogue_constants(epilogue),
         )

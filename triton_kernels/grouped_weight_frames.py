@@ -16,7 +16,7 @@ from .grouped_gather import Gather
 from .grouped_lanes import reached
 from .grouped_tiles import groups_of_a_tile
 from .grouped_weights import LONGEST, total
-from .launch import Launch, interpreted, power_of_two, wide
+from .launch import Launch, power_of_two, wide
 
 PROGRAMS = 132 * 16  # wanted, of one warp each
 MOST_SUMS = 9  # taps whose sums a warp holds
@@ -30,7 +30,7 @@ _HEAD = """def grouped_weight_frames(
     GT: tl.constexpr, CG: tl.constexpr, KG: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_CI: tl.constexpr, BLOCK_CO: tl.constexpr,
     LAST: tl.constexpr, ALIGN_X: tl.constexpr, ALIGN_Y: tl.constexpr,
-    PRECISION: tl.constexpr, WIDENED: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):
 """
 _BEGIN = """blocks = (out_h * out_w + BLOCK_P - 1) // BLOCK_P
@@ -66,9 +66,7 @@ else:
     x_at = x_ptr + ((n * in_channels + first) * in_t + frame) * in_plane
     next_x = in_plane""".splitlines()
 _GRADIENT = """y{t} = tl.load(y_at + {t} * next_y + y_offset, mask=real_k[:, None]
-             & (inside & (t + {t} < out_t))[None, :], other=0.0)
-if WIDENED:
-    y{t} = y{t}.to(tl.float32)""".splitlines()
+             & (inside & (t + {t} < out_t))[None, :], other=0.0)""".splitlines()
 _COLUMN = """column = w + (kw + {b}) * DW
 ok = in_rows & (column >= 0) & (column < in_w)
 pixel = h * in_w + column
@@ -82,9 +80,7 @@ if LAST:
     x = tl.load(x_at + {f} * next_x + offset, mask=mask, other=0.0)
 else:
     mask = real_c[:, None] & here[None, :]
-    x = tl.trans(tl.load(x_at + {f} * next_x + offset, mask=mask, other=0.0))
-if WIDENED:
-    x = x.to(tl.float32)""".splitlines()
+    x = tl.trans(tl.load(x_at + {f} * next_x + offset, mask=mask, other=0.0))""".splitlines()
 _END = """j = row[None, :] - (co // KG * CG)[:, None]
 own = real_k[:, None] & real_c[None, :] & (j >= 0) & (j < CG)
 taps: tl.constexpr = KT * KH * KW
@@ -165,7 +161,6 @@ class WeightFrames:
             ("ALIGN_X", gcd(g.in_channels, self.each * g.inputs, 16)),
             ("ALIGN_Y", gcd(g.out_channels, self.each * g.outputs, 16)),
             ("PRECISION", self.precision),
-            ("WIDENED", self.dtype == "bfloat16" and interpreted()),
             ("WIDE", g.wide or wide(self.shares * self.size)),
         )
         text = source(self.times, g.kernel[0], self.columns, g.stride[0], g.dilation[0])

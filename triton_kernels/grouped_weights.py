@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .grouped_gather import Gather
-from .launch import Launch, interpreted, power_of_two, wide
+from .launch import Launch, power_of_two, wide
 
 PROGRAMS = 1056  # wanted, eight for each multiprocessor of an H100
 LONGEST = 64  # shares at most
@@ -34,7 +34,7 @@ def grouped_weight_sums(
     CI_BLOCKS: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_CI: tl.constexpr, BLOCK_CO: tl.constexpr, BLOCK_N: tl.constexpr,
     LAST: tl.constexpr, ALIGN_X: tl.constexpr, ALIGN_Y: tl.constexpr,
-    PRECISION: tl.constexpr, WIDENED: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """sums (shares, K, C / G, taps): those of BLOCK_CO outputs and BLOCK_N columns (tap, input)."""
     at = tl.program_id(0)
@@ -85,8 +85,6 @@ def grouped_weight_sums(
         ok &= (f >= 0) & (f < in_t) & (g >= 0) & (g < in_h) & (e >= 0) & (e < in_w)
         y = tl.load(gy_ptr + y_at, mask=real_k[:, None] & inside[None, :], other=0.0)
         x = tl.load(x_ptr + x_at, mask=ok, other=0.0)
-        if WIDENED:
-            y, x = y.to(tl.float32), x.to(tl.float32)
         if not LAST:
             x = tl.trans(x)
         acc = tl.dot(y, x, acc, input_precision=PRECISION)
@@ -161,7 +159,6 @@ class WeightSums:
             ("ALIGN_X", gcd(g.in_channels, self.each * g.inputs, 16)),
             ("ALIGN_Y", gcd(g.out_channels, self.each * g.outputs, 16)),
             ("PRECISION", self.precision),
-            ("WIDENED", self.dtype == "bfloat16" and interpreted()),
             ("WIDE", g.wide or wide(self.shares * self.size)),
         )
         sums = Launch(

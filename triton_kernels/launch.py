@@ -13,12 +13,16 @@ import triton
 
 from ..epilogue import Epilogue
 from ..plan import Plan
+from . import interpreter
 
 DTYPES = ("float32", "float16", "bfloat16")
 INT32_MAX = 2**31 - 1
 _POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "int64": "*i64"}
 
 Tensor = torch.Tensor
+
+if interpreter.interpreted():
+    interpreter.mend()
 
 
 @dataclass(frozen=True)
@@ -135,8 +139,3 @@ def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 def power_of_two(n: int) -> int:
     """The smallest power of two that is at least n: sizes of blocks are such."""
     return 1 << max(0, n - 1).bit_length()
-
-
-def interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels."""
-    return bool(triton.knobs.runtime.interpret)
