@@ -20,41 +20,17 @@ from fastconv.nn.trace import one_step, trace
 from fastconv.published import READINGS, Reading, given
 from fastconv.zoo import NETWORKS, build
 from fastconv.zoo.c3d import c3d
+from networks import small, small_input
 
 DATA = Path(__file__).parent / "data" / "oracle.csv"  # the papers' tables, and measured values
 with DATA.open(newline="", encoding="utf-8") as file:
     ORACLE = list(csv.DictReader(file))
 MEASURED = "measured_from_original_code"
-SMALL = (4, 32, 32)
-# Clips of these are not smaller: temporal strides, windows, poolings that leave nothing.
-SMALLEST = {
-    "c3d": (16, 32, 32),
-    "fsb": (64, 32, 32),
-    "slowfast": (32, 32, 32),
-    "i3d": (9, 32, 32),
-    "s3d": (14, 32, 32),
-    "shufflenet": (16, 64, 64),
-}
 
 
 def on_meta(name, **options):
     with torch.device("meta"):
         return build(name, **options)
-
-
-def small(name, **options):
-    """A network in eval mode; C3D for clips of 16 x 16 x 16, which spares it the large fc6."""
-    if name in ("c3d", "fsb_c3d"):
-        options["clip"] = (16, 16, 16)
-    return build(name, **options).eval()
-
-
-def small_input(name, batch=1):
-    """Noise of the smallest clip that a network takes without an empty map, or a little more."""
-    network = NETWORKS[name]
-    size = (16, 16, 16) if name in ("c3d", "fsb_c3d") else SMALLEST.get(network.family, SMALL)
-    size = size[4 - len(network.input_shape) :]
-    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(0))
 
 
 def rms(values):
