@@ -162,6 +162,7 @@ def dense_kernel(DTYPE, ITEM, ROWS, VECTORS, SHORT, WIDTH):
         size, blocks, share = peek(params, SIZE), peek(params, BLOCKS), peek(params, SHARE)
         taps = peek(params, KT) * peek(params, KH) * peek(params, KW)
         depth, k, group = peek(params, DEPTH), peek(params, K), peek(params, GROUP)
+        run_taps, run_depth = peek(params, RUN_TAPS), peek(params, RUN_DEPTH)
         x, bias, residual = peek(params, X), peek(params, BIAS), peek(params, RESIDUAL)
 
         clear(DTYPE, zeros, peek(params, C))
@@ -188,17 +189,15 @@ def dense_kernel(DTYPE, ITEM, ROWS, VECTORS, SHORT, WIDTH):
                 shift, added = bias + channel * ITEM * (bias != 0), residual + at * (residual != 0)
                 if SHORT and short:
                     dense_tile(
-                        DTYPE, ROWS, SHORT, WIDTH, entries, size, taps, peek(params, RUN_TAPS), source,
-                        depth, peek(params, RUN_DEPTH), weights, ahead, peek(params, AHEAD_STEP),
-                        sums, last - first - p, y, k, columns, shift, added,
-                        peek(params, ACTIVATION),
+                        DTYPE, ROWS, SHORT, WIDTH, entries, size, taps, run_taps, source, depth,
+                        run_depth, weights, ahead, peek(params, AHEAD_STEP), sums,
+                        last - first - p, y, k, columns, shift, added, peek(params, ACTIVATION),
                     )  # fmt: skip
                 else:
                     dense_tile(
-                        DTYPE, ROWS, VECTORS, WIDTH, entries, size, taps, peek(params, RUN_TAPS), source,
-                        depth, peek(params, RUN_DEPTH), weights, ahead, peek(params, AHEAD_STEP),
-                        sums, last - first - p, y, k, columns, shift, added,
-                        peek(params, ACTIVATION),
+                        DTYPE, ROWS, VECTORS, WIDTH, entries, size, taps, run_taps, source, depth,
+                        run_depth, weights, ahead, peek(params, AHEAD_STEP), sums,
+                        last - first - p, y, k, columns, shift, added, peek(params, ACTIVATION),
                     )  # fmt: skip
 
     return kernel
