@@ -188,35 +188,32 @@ def continual_step(
 
     Raises as `conv3d` does; the state is then untouched.
     """
-    op = "continual_step"
+    op, key, find = "continual_step", None, known_geometry
     tensor = is_tensor(input)
     if tensor:
         from . import torch_continual
 
+        options = (
+            stride, padding, dilation, groups, activation, backend, max_workspace_bytes,
+        )  # fmt: skip
+        key = torch_continual.key_of(input, state, weight, bias, residual, options)
+        ready = None if key is None else torch_continual.known(key)
+        if ready is not None:
+            mask = None if active is None else mask_of(op, active, input)
+            return ready.step(input, state, weight, bias, residual, mask, update_state)
         find = torch_continual.finder()
-    else:
-        find = known_geometry
     named = {"state": state.frames} if state.form == "ring" else {}
     ops.check_arrays(op, input=input, **named, weight=weight, bias=bias, residual=residual)
     geometry = find(op, input.shape, weight.shape, stride, padding, dilation, groups)
     ops.check_extras(op, geometry.out_channels, column_shape(geometry), bias, residual)
-    mask = _mask(op, active, input)
+    mask = mask_of(op, active, input)
+    epilogue = Epilogue(bias is not None, activation, residual is not None)
     if tensor:
         return torch_continual.continual_step(
-            input,
-            state,
-            weight,
-            bias,
-            geometry,
-            activation,
-            residual,
-            active=mask,
-            update_state=update_state,
-            backend=backend,
-            max_workspace_bytes=max_workspace_bytes,
-        )
+            input, state, weight, bias, geometry, epilogue, residual, mask, update_state,
+            key=key, backend=backend, max_workspace_bytes=max_workspace_bytes,
+        )  # fmt: skip
     check_state(op, state, geometry, input)
-    epilogue = Epilogue(bias is not None, activation, residual is not None)
     plan = step_plan(
         geometry,
         state.form,
@@ -274,7 +271,7 @@ def continual_step_functional(
     epilogue = Epilogue(bias is not None, activation, residual is not None)
     return torch_continual.continual_step_functional(
         input, state, weight, bias, geometry, epilogue, residual,
-        active=_mask(op, active, input), **options,
+        active=mask_of(op, active, input), **options,
     )  # fmt: skip
 
 
@@ -310,7 +307,7 @@ def continual_steps(
     frame = (*input.shape[:2], *input.shape[3:])
     geometry = window_geometry(op, frame, weight.shape, stride, padding, dilation, groups)
     check_state(op, state, geometry, input)
-    mask = _mask(op, active, input)
+    mask = mask_of(op, active, input)
     if not options.pop("update_state", True):
         state = state.save()
     times = range(input.shape[2])
@@ -436,7 +433,16 @@ def state_shape(window: Geometry, form: str) -> tuple[int, ...]:
 
 
 def check_state(op: str, state: State, window: Geometry, input: Array) -> None:
-    """Raise if the state is not one of this window."""
+    """Raise if the state is not one of this window, and where the input is."""
+    for name, array in (("frames", state.frames), ("steps", state.steps)):
+        if is_tensor(array) != is_tensor(input):
+            raise UnsupportedError(
+                f"{op}: input and state {name} must both be NumPy arrays or both PyTorch tensors"
+            )
+        if is_tensor(array) and array.device != input.device:
+            raise UnsupportedError(
+                f"{op}: input is on device {input.device}, but state {name} is on {array.device}"
+            )
     frames, steps = ((tuple(a.shape), _dtype(a)) for a in (state.frames, state.steps))
     check_memory(op, window, _dtype(input), state.form, state.start, state.stride, frames, steps)
 
@@ -491,7 +497,7 @@ def state_layout(op: str, frames: Array, input: Array) -> str:
     return layout
 
 
-def _mask(op: str, active: Any, input: Array) -> Array | None:
+def mask_of(op: str, active: Any, input: Array) -> Array | None:
     """(N,) bool of the kind of `input` from a mask or the numbers of slots."""
     if active is None:
         return None
