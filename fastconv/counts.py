@@ -151,8 +151,6 @@ def _stage_transforms(
         return [()] * len(stages)
     if (algorithm == "hfa") != (len(stages) == 3):
         raise UnsupportedError("count: 'hfa' is for a SeparableGeometry, 'winograd' for a Geometry")
-    if algorithm == "continual":  # whose taps in time read frames, however far apart
-        stages = (replace(stages[0], dilation=(1, *stages[0].dilation[1:])),)
     reason = winograd_refusal(stages[0])
     if reason:
         raise UnsupportedError(f"count: {reason}")

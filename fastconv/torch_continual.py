@@ -28,13 +28,14 @@ from .counts import ELEMENT_BYTES
 from .epilogue import Epilogue
 from .errors import UnsupportedError
 from .geometry import Geometry
-from .plan import Plan
+from .plan import DEFAULT_TOLERANCE, Plan
 from .torch_ops_runner import is_plain
 
 _ARGUMENTS = (
     "Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups, "
     "str activation='none', Tensor? residual=None, Tensor? active=None, bool update_state=True, "
-    "str form='ring', str start='zeros', str backend='auto', int? max_workspace_bytes=None"
+    "str form='ring', str start='zeros', str algorithm='auto', str backend='auto', "
+    f"float tolerance={DEFAULT_TOLERANCE}, int? max_workspace_bytes=None"
 )
 _library = torch.library.Library("fastconv", "FRAGMENT")
 _library.define(
@@ -138,7 +139,7 @@ def continual_step(
     """`continual.continual_step` on tensors that the door has checked; no gradient is kept.
 
     key     from `key_of`
-    choice  backend, max_workspace_bytes
+    choice  algorithm, backend, tolerance, max_workspace_bytes
     """
     if key is not None:
         continual.check_state("continual_step", state, geometry, input)
@@ -243,7 +244,9 @@ def _step_impl(
     update_state: bool = True,
     form: str = "ring",
     start: str = "zeros",
+    algorithm: str = "auto",
     backend: str = "auto",
+    tolerance: float = DEFAULT_TOLERANCE,
     max_workspace_bytes: int | None = None,
 ) -> Tensor:
     key = (
@@ -260,7 +263,9 @@ def _step_impl(
         activation,
         form,
         start,
+        algorithm,
         backend,
+        tolerance,
         max_workspace_bytes,
         winners.generation(),
     )
@@ -276,8 +281,8 @@ def _step_impl(
         ops.check_extras(op, window.out_channels, last, bias, residual)
         epilogue = Epilogue(bias is not None, activation, residual is not None)
         plan = _plan_for(
-            input, memory, window, epilogue,
-            backend=backend, max_workspace_bytes=max_workspace_bytes,
+            input, memory, window, epilogue, algorithm=algorithm,
+            backend=backend, tolerance=tolerance, max_workspace_bytes=max_workspace_bytes,
         )  # fmt: skip
         ready = _remember(key, plan)
     if active is not None:
@@ -289,7 +294,7 @@ def _step_impl(
 def _plan_for(
     input: Tensor, state: State, window: Geometry, epilogue: Epilogue, **choice: Any
 ) -> Plan:
-    """The plan of a step that has been checked; choice: backend, max_workspace_bytes."""
+    """The plan of a step that has been checked; choice as for `continual.step_plan`."""
     return continual.step_plan(
         window,
         state.form,
@@ -319,7 +324,9 @@ def _step_fake(
     update_state: bool = True,
     form: str = "ring",
     start: str = "zeros",
+    algorithm: str = "auto",
     backend: str = "auto",
+    tolerance: float = DEFAULT_TOLERANCE,
     max_workspace_bytes: int | None = None,
 ) -> Tensor:
     memory = State(state, steps, form, start, stride[0])
@@ -512,7 +519,7 @@ def _backward(ctx: Any, grad_y: Tensor, grad_state: Tensor, grad_steps: Any) -> 
     dx, dstate, dw = gradients(window, grad, grad_state, input, memory, weight, active, ctx.update)
     db = grad.sum((0, *range(2, grad.dim()))) if ctx.has_bias else None
     dr = grad if ctx.has_residual else None
-    return dx, dstate, None, dw, db, *(None,) * 5, dr, *(None,) * 6
+    return dx, dstate, None, dw, db, *(None,) * 5, dr, *(None,) * 8
 
 
 def _gradients_of_frames(

@@ -108,8 +108,8 @@ _NO_BIASES = (0, 0, 0)
 
 def is_plain(
     first: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
     residual: Tensor | None = None,
     gradients: bool = True,
 ) -> bool:

@@ -30,8 +30,9 @@ def refuses(plan: Plan) -> str | None:
         return None
     if plan.transforms[0].m > 1:
         return f"a stream has one column at a time, not {plan.transforms[0].m}"
-    module, clip = _clip(plan)
-    return module.supports(clip.geometry, plan.dtype, plan.epilogue) or module.refuses(clip)
+    assert isinstance(plan.geometry, Geometry)
+    reason = winograd.supports(plan.geometry, plan.dtype, plan.epilogue)
+    return reason or winograd.refuses(_clip(plan)[1])
 
 
 @functools.lru_cache(maxsize=1024)
