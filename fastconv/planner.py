@@ -274,8 +274,8 @@ def _variants(base: Plan, request: Request) -> Iterator[Plan]:
 
 
 def _tiles(family: str, taps: list[int], sizes: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """Tile sizes worth a price: 1 on axes of one tap and of a stream's time, below twice the output,
-    square in space, and but for hfa not all 1.
+    """Tile sizes worth a price: 1 on axes of one tap and in the time of streams, below twice the
+    output, square in space, and but for hfa not all 1.
     """
     options: list[tuple[int, ...]] = []
     for r, size in zip(taps, sizes, strict=True):

@@ -28,8 +28,11 @@ def refuses(plan: Plan) -> str | None:
     """None, or the reason against the transforms of a plan."""
     if not plan.transforms:
         return None
-    if plan.transforms[0].m > 1:
-        return f"a stream has one column at a time, not {plan.transforms[0].m}"
+    time, *space = plan.transforms
+    if time.m > 1:
+        return f"a stream has one column at a time, not {time.m}"
+    if not any(t.m > 1 and t.r > 1 for t in space):
+        return "no axis of a frame has a transform"
     assert isinstance(plan.geometry, Geometry)
     reason = winograd.supports(plan.geometry, plan.dtype, plan.epilogue)
     return reason or winograd.refuses(_clip(plan)[1])
