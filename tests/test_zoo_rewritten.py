@@ -81,6 +81,18 @@ def test_made_continual(name):
     assert all(network.get_parameter(n) is p for n, p in model.named_parameters())
 
 
+@pytest.mark.parametrize("name", sorted(IMAGES))
+def test_networks_for_images_have_no_frames(name):
+    with torch.device("meta"):
+        model, clip = build(name).eval(), torch.empty(1, 3, 8, 64, 64)
+    with pytest.raises(UnsupportedError) as told:
+        to_continual(model, clip)
+    assert str(told.value) == (
+        "to_continual: trunk.stem.conv (Conv2d) takes 4 axes, (N, C, *size), and is given 5: it is "
+        "for images, which have no frames"
+    )
+
+
 def is_made_of(name, part):
     with torch.device("meta"):
         return hasattr(build(name), part)
