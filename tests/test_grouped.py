@@ -122,7 +122,8 @@ def test_long_sums_are_exact_on_integers(backend, run, name):
     geometry = long_sums(name)
     plan = plan_for(backend, geometry, epilogue=Epilogue(bias=True, residual=True))
     x, w = small_integers(geometry.x_shape, 0), small_integers(geometry.w_shape, 1)
-    bias, residual = small_integers((geometry.out_channels,), 2), small_integers(geometry.y_shape, 3)
+    bias = small_integers((geometry.out_channels,), 2)
+    residual = small_integers(geometry.y_shape, 3)
     want = cases.execute(cases.on(plan, "reference"), x, w, bias, residual)
     assert np.array_equal(cases.execute(plan, x, w, bias, residual), want)
 

@@ -21,7 +21,7 @@ from fastconv.errors import UnsupportedError
 from . import conv
 
 # Of layers over images and lines, which PyTorch refuses clips for without a word of where.
-AXES = {nn.Conv1d: 1, nn.Conv2d: 2}
+AXES: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2}
 
 
 def trace_clip(model: nn.Module, clip: Tensor) -> fx.Graph:
