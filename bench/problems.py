@@ -200,7 +200,8 @@ def _training(problem: Problem, device: str) -> Problem:
 
 def _network(case: Case, folder: str | None, device: str) -> Problem:
     """The seeded network on random noise; PyTorch's own error in float32 is the measure."""
-    from fastconv.zoo import CONTINUAL, NETWORKS, build
+    from fastconv.published import CONTINUAL
+    from fastconv.zoo import NETWORKS, build
 
     from . import continual_networks
 

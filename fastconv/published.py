@@ -54,6 +54,16 @@ def _resnets(depth: int) -> dict[tuple[str, str], Reading]:
     }
 
 
+# Networks of the zoo that are known under names of their own when they take a frame at a time.
+CONTINUAL = {
+    "cox3d_s": "x3d_s",
+    "cox3d_m": "x3d_m",
+    "cox3d_l": "x3d_l",
+    "coi3d": "i3d_r50",
+    "coslow": "slow_r50",
+}
+
+
 def _continual(model: str, network: str, *pools: int) -> dict[tuple[str, str], Reading]:
     """One frame of a stream; the frames under the final pooling change no multiplications."""
     reading = Reading(network, SLOW if network == "slow_r50" else None, per_frame=True)

@@ -17,10 +17,9 @@ import numpy as np
 
 from . import backends
 from .errors import BackendError, UnsupportedError
+from .published import CONTINUAL
 from .stream import Policy, StreamPool
 from .video import PREPROCESSING, Preprocessing, VideoError, default_clip, read_frames
-from .zoo import CONTINUAL, build
-from .zoo import NETWORKS as ZOO
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -106,6 +105,8 @@ def run(args: argparse.Namespace) -> int:
 
 def preprocessing_of(network: str) -> Preprocessing:
     """What a zoo network expects of its frames; of those not in video.PREPROCESSING, its size."""
+    from .zoo import NETWORKS as ZOO
+
     if network in PREPROCESSING:
         return PREPROCESSING[network]
     _, frames, crop, _ = ZOO[network].input_shape
@@ -117,6 +118,8 @@ def _networks(args: argparse.Namespace) -> tuple[nn.Module, ContinualNetwork, Te
     import torch
 
     from .nn.to_continual import to_continual
+    from .zoo import NETWORKS as ZOO
+    from .zoo import build
 
     name = NETWORKS[args.network]
     model = build(name).eval()

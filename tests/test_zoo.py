@@ -19,8 +19,8 @@ from fastconv import video
 from fastconv.bench.cases import table as bench_cases
 from fastconv.counts import network_counts
 from fastconv.nn.trace import one_step, trace
-from fastconv.published import READINGS, Reading, given
-from fastconv.zoo import CONTINUAL, NETWORKS, build
+from fastconv.published import CONTINUAL, READINGS, Reading, given
+from fastconv.zoo import NETWORKS, build
 from fastconv.zoo.c3d import c3d
 from networks import small, small_input
 

@@ -210,13 +210,3 @@ ALL = (
         width=1.4,
     ),
 )
-
-# Networks for clips that are known under names of their own when they take a frame at a time:
-# Hedegaard and Iosifidis, Continual 3D Convolutional Neural Networks, ECCV 2022.
-CONTINUAL = {
-    "cox3d_s": "x3d_s",
-    "cox3d_m": "x3d_m",
-    "cox3d_l": "x3d_l",
-    "coi3d": "i3d_r50",
-    "coslow": "slow_r50",
-}
