@@ -434,14 +434,12 @@ def state_shape(window: Geometry, form: str) -> tuple[int, ...]:
 
 def check_state(op: str, state: State, window: Geometry, input: Array) -> None:
     """Raise if the state is not one of this window, and where the input is."""
-    for name, array in (("frames", state.frames), ("steps", state.steps)):
-        if is_tensor(array) != is_tensor(input):
-            raise UnsupportedError(
-                f"{op}: input and state {name} must both be NumPy arrays or both PyTorch tensors"
-            )
+    arrays = {"state frames": state.frames, "state steps": state.steps}
+    ops.check_dense(op, input=input, **arrays)
+    for name, array in arrays.items():
         if is_tensor(array) and array.device != input.device:
             raise UnsupportedError(
-                f"{op}: input is on device {input.device}, but state {name} is on {array.device}"
+                f"{op}: input is on device {input.device}, but {name} are on {array.device}"
             )
     frames, steps = ((tuple(a.shape), _dtype(a)) for a in (state.frames, state.steps))
     check_memory(op, window, _dtype(input), state.form, state.start, state.stride, frames, steps)
@@ -502,14 +500,18 @@ def mask_of(op: str, active: Any, input: Array) -> Array | None:
     if active is None:
         return None
     n, tensor = input.shape[0], is_tensor(input)
-    if hasattr(active, "dtype") and _dtype(active) == "bool":
+    array = hasattr(active, "dtype")
+    if array:
+        ops.check_dense(op, active=active)
+    if array and _dtype(active) == "bool":
         if tuple(active.shape) != (n,):
             raise GeometryError(f"{op}: active must have shape ({n},), got {tuple(active.shape)}")
         if is_tensor(active) != tensor or (tensor and active.device != input.device):
             raise UnsupportedError(f"{op}: active must be of the kind and on the device of input")
         return active.contiguous() if tensor else np.ascontiguousarray(active)
     slots = active.tolist() if hasattr(active, "tolist") else list(active)
-    if any(isinstance(slot, bool) or not 0 <= slot < n for slot in slots):
+    whole = (isinstance(s, (int, np.integer)) and not isinstance(s, bool) for s in slots)
+    if not all(whole) or not all(0 <= slot < n for slot in slots):
         raise GeometryError(f"{op}: active slots must be in 0 .. {n - 1}, got {slots}")
     mask = np.zeros(n, np.bool_)
     mask[slots] = True

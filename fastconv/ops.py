@@ -289,7 +289,7 @@ def separable_block(
         input=input,
         **named,
         residual=residual,
-        **{f"bias {i}": b for i, b in enumerate(biases)},
+        **{f"{i}. bias": b for i, b in enumerate(biases, 1)},
     )
     wt, wd, wp = (w.shape for w in weights)
     geometry = SeparableGeometry.of(input.shape, wt, wd, wp, stride, padding, op=op)
@@ -383,39 +383,37 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 def workspace(size: int, dtype: np.dtype) -> np.ndarray:
     """Scratch of this thread, kept between calls: fresh pages would cost more than many kernels."""
-    return _held(size, dtype.char)[0][:size]
+    held = _scratch.__dict__.get(dtype.char)
+    if held is None or held[0] < size:
+        held = _grown(size, dtype)
+    array: np.ndarray = held[2]
+    return array[:size]
 
 
 def workspace_address(size: int) -> int:
     """`workspace` in float32, for those who see addresses only."""
-    return _held(size, "f")[1]
+    held = _scratch.__dict__.get("f")
+    if held is None or held[0] < size:
+        held = _grown(size, np.dtype(np.float32))
+    address: int = held[1]
+    return address
 
 
-def _held(size: int, char: str) -> tuple[np.ndarray, int, int]:
-    """Scratch of at least this size with its address and size, for a dtype by its character."""
-    held: tuple[np.ndarray, int, int] | None = _scratch.__dict__.get(char)
-    if held is None or held[2] < size:
-        array = _aligned((size,), np.dtype(char))
-        held = _scratch.__dict__[char] = (array, array.ctypes.data, size)
+def _grown(size: int, dtype: np.dtype) -> tuple[int, int, np.ndarray]:
+    """New scratch of this thread: its size, address and array."""
+    array = _aligned((size,), dtype)
+    held = _scratch.__dict__[dtype.char] = (size, array.ctypes.data, array)
     return held
 
 
 def check_arrays(op: str, **arrays: Array | None) -> None:
-    """One kind, one supported precision, one device for all arrays of a call."""
-    given = {name: a for name, a in arrays.items() if a is not None}
+    """One kind, one supported precision, one device for all arrays of a call; biases and residuals
+    may be None."""
+    optional = {name for name in arrays if name.endswith(("bias", "residual"))}
+    given = {name: a for name, a in arrays.items() if a is not None or name not in optional}
+    check_dense(op, **given)
     (first, x), *rest = given.items()
     tensor = is_tensor(x)
-    for name, a in given.items():
-        if not isinstance(a, np.ndarray) and not is_tensor(a):
-            raise UnsupportedError(
-                f"{op}: {name} must be a NumPy array or a PyTorch tensor, got {type(a).__name__}"
-            )
-        if is_tensor(a) != tensor:
-            raise UnsupportedError(
-                f"{op}: {first} and {name} must both be NumPy arrays or both PyTorch tensors"
-            )
-        if tensor and (str(a.layout) != "torch.strided" or a.is_quantized):
-            raise UnsupportedError(f"{op}: {name} must be a dense tensor, got layout {a.layout}")
     allowed = TORCH_DTYPES if tensor else NUMPY_DTYPES
     dtype = str(x.dtype).removeprefix("torch.")
     if dtype not in allowed:
@@ -430,6 +428,24 @@ def check_arrays(op: str, **arrays: Array | None) -> None:
             raise UnsupportedError(
                 f"{op}: {first} is on device {x.device}, but {name} is on {a.device}"
             )
+
+
+def check_dense(op: str, **arrays: Array) -> None:
+    """Every array a NumPy array, or every one a dense PyTorch tensor."""
+    first, x = next(iter(arrays.items()))
+    tensor = is_tensor(x)
+    for name, a in arrays.items():
+        if not isinstance(a, np.ndarray) and not is_tensor(a):
+            raise UnsupportedError(
+                f"{op}: {name} must be a NumPy array or a PyTorch tensor, got {type(a).__name__}"
+            )
+        if is_tensor(a) != tensor:
+            raise UnsupportedError(
+                f"{op}: {first} and {name} must both be NumPy arrays or both PyTorch tensors"
+            )
+        if tensor and (a.is_nested or a.is_quantized or str(a.layout) != "torch.strided"):
+            kind = "nested" if a.is_nested else "quantized" if a.is_quantized else str(a.layout)
+            raise UnsupportedError(f"{op}: {name} must be a dense tensor, got a {kind} one")
 
 
 def check_extras(

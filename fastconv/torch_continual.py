@@ -28,7 +28,9 @@ from .counts import ELEMENT_BYTES
 from .epilogue import Epilogue
 from .errors import UnsupportedError
 from .geometry import Geometry
+from .ops import workspace_address
 from .plan import Plan
+from .torch_ops_register import give_kernels
 from .torch_ops_runner import is_plain
 
 _ARGUMENTS = (
@@ -77,29 +79,33 @@ def key_of(
     frames, steps = state.frames, state.steps
     if not is_plain(input, weight, bias, residual, gradients=False):
         return None
-    if type(frames) is not Tensor or type(steps) is not Tensor:
+    for part in (frames, steps):
+        if type(part) is not Tensor or part.layout is not torch.strided or part.is_nested:
+            return None
+    try:
+        return (
+            input.shape,
+            input.stride(),
+            input.dtype,
+            None if input.is_cpu else (input.device, torch_ops.precision_of(input)),
+            frames.shape,
+            frames.stride(),
+            frames.dtype,
+            frames.is_cpu or frames.device,
+            steps.shape,
+            steps.dtype,
+            steps.is_cpu or steps.device,
+            state.form,
+            state.start,
+            state.stride,
+            weight.shape,
+            None if bias is None else bias.shape,
+            None if residual is None else residual.shape,
+            options,
+            winners.generation(),
+        )
+    except RuntimeError:  # a weight without a shape; the door refuses it
         return None
-    return (
-        input.shape,
-        input.stride(),
-        input.dtype,
-        None if input.is_cpu else (input.device, torch_ops.precision_of(input)),
-        frames.shape,
-        frames.stride(),
-        frames.dtype,
-        frames.is_cpu or frames.device,
-        steps.shape,
-        steps.dtype,
-        steps.is_cpu or steps.device,
-        state.form,
-        state.start,
-        state.stride,
-        weight.shape,
-        None if bias is None else bias.shape,
-        None if residual is None else residual.shape,
-        options,
-        winners.generation(),
-    )
 
 
 def known(key: Any) -> Stepper | None:
@@ -140,12 +146,10 @@ def continual_step(
     key     from `key_of`
     choice  backend, max_workspace_bytes
     """
+    continual.check_state("continual_step", state, geometry, input)
     if key is not None:
-        continual.check_state("continual_step", state, geometry, input)
         ready = _remember(key, _plan_for(input, state, geometry, epilogue, **choice))
         return ready.step(input, state, weight, bias, residual, active, update_state)
-    if state.stride != geometry.stride[0]:
-        continual.check_state("continual_step", state, geometry, input)
     arguments = (input, state.frames, state.steps, weight, bias, *_plain(geometry))
     options = choice | {
         "activation": epilogue.activation,
@@ -342,10 +346,11 @@ def _functional_fake(
     return y, torch.empty_like(state), torch.empty_like(steps)
 
 
-_library.impl("continual_step", _step_impl, "CompositeExplicitAutograd")
-_library.impl("continual_step_functional", _functional_impl, "CompositeExplicitAutograd")
-torch.library.register_fake("fastconv::continual_step", _step_fake, lib=_library)
-torch.library.register_fake("fastconv::continual_step_functional", _functional_fake, lib=_library)
+for _name, _impl, _fake in (
+    ("continual_step", _step_impl, _step_fake),
+    ("continual_step_functional", _functional_impl, _functional_fake),
+):
+    give_kernels(_library, _name, _impl, _fake, apart=("state", "steps", "active"))
 
 
 class Stepper:
@@ -415,7 +420,7 @@ class Stepper:
             steps.data_ptr(),
             steps.stride(0),
             y.data_ptr(),
-            ops.workspace_address,
+            workspace_address,
             0 if active is None else active.data_ptr(),
             update,
         )

@@ -117,8 +117,6 @@ def route(
     op: str,
 ) -> Runner:
     """The Runner of a call; its arguments are checked when they come for the first time."""
-    if input.layout is not torch.strided or weight.layout is not torch.strided:
-        ops.check_arrays(op, input=input, weight=weight)
     fresh = weight.requires_grad and torch.is_grad_enabled()  # in the next call they are others
     key = (
         input.shape,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .errors import GeometryError
+from .errors import GeometryError, UnsupportedError
 from .torch_autograd import (
     FROM_OUTPUT,
     convolution,
@@ -43,6 +43,8 @@ def freeze(weight: Tensor) -> Tensor:
     Not to be written afterwards by ways that PyTorch does not count, `.data` for one.
     """
     ops.check_arrays("freeze", weight=weight)
+    if not isinstance(weight, Tensor):
+        raise UnsupportedError("freeze: weight must be a PyTorch tensor, got a NumPy array")
     return weight.detach().clone(memory_format=torch.contiguous_format).reshape(-1)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
+from . import ops
 from .errors import UnsupportedError
 
 _C = torch._C
@@ -44,14 +45,54 @@ def register(
 
     autocast: cast as PyTorch's own convolutions do
     """
-    qualified = f"fastconv::{name}"
-    library.impl(name, impl, "CompositeExplicitAutograd")
-    torch.library.register_fake(qualified, fake, lib=library)
-    op = getattr(torch.ops.fastconv, name).default
+    op = give_kernels(library, name, impl, fake)
     library.impl(name, _differentiable(op, impl, context, backward), "Autograd", with_keyset=True)
     if autocast:
         library.impl(name, _in_precision_of_autocast(op, "cpu"), "AutocastCPU")
         library.impl(name, _in_precision_of_autocast(op, "cuda"), "AutocastCUDA")
+
+
+def give_kernels(
+    library: torch.library.Library,
+    name: str,
+    impl: Callable[..., Any],
+    fake: Callable[..., Any],
+    apart: tuple[str, ...] = (),
+) -> Any:
+    """The operator with its implementation, and its fake for tensors without values.
+
+    What is neither dense nor on a usual device, and fakes, are checked first; apart: tensors that
+    may be of another precision
+    """
+    op = getattr(torch.ops.fastconv, name).default
+    names = [a.name for a in op._schema.arguments]
+    tensors = [a.name for a in op._schema.arguments if "Tensor" in str(a.type)]
+
+    def checked(function: Callable[..., Any]) -> Callable[..., Any]:
+        def check_first(*given: Any, **named: Any) -> Any:
+            arguments = dict(zip(names, given, strict=False)) | named
+            _check(name, {n: arguments.get(n) for n in tensors}, apart)
+            return function(*given, **named)
+
+        return check_first
+
+    for device in ("CPU", "CUDA"):
+        library.impl(name, impl, device)
+    library.impl(name, checked(impl), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastconv::{name}", checked(fake), lib=library)
+    return op
+
+
+def _check(op: str, tensors: dict[str, Any], apart: tuple[str, ...]) -> None:
+    ops.check_arrays(op, **{n: t for n, t in tensors.items() if n not in apart})
+    first, x = next(iter(tensors.items()))
+    others = {n: tensors[n] for n in apart if tensors.get(n) is not None}
+    ops.check_dense(op, **{first: x}, **others)
+    for name, other in others.items():
+        if other.device != x.device:
+            raise UnsupportedError(
+                f"{op}: {first} is on device {x.device}, but {name} is on {other.device}"
+            )
 
 
 def _differentiable(

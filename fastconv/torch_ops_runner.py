@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from . import backends, ops, torch_memory
 from .counts import ELEMENT_BYTES
 from .epilogue import Epilogue
+from .ops import workspace_address
 from .plan import CONTIGUOUS, Plan
 from .torch_ops_packed import ON_TENSORS, held_weights, view
 
@@ -99,7 +100,7 @@ class _RunnerInC(Runner):
         y = self._new_y(x)
         if not self._nothing:
             added = 0 if residual is None else residual.data_ptr()
-            packed.run_at(x.data_ptr(), biases, added, y.data_ptr(), ops.workspace_address)
+            packed.run_at(x.data_ptr(), biases, added, y.data_ptr(), workspace_address)
         return y
 
 
@@ -108,7 +109,7 @@ _NO_BIASES = (0, 0, 0)
 
 def is_plain(
     first: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None = None,
     gradients: bool = True,
@@ -122,7 +123,9 @@ def is_plain(
         return False
     if forward_ad._current_level >= 0 or _autocasts():
         return False
-    if type(first) is not Tensor or first.layout is not _STRIDED or first.is_neg():
+    if type(first) is not Tensor or first.layout is not _STRIDED or first.is_nested:
+        return False
+    if weight is None or first.is_neg():
         return False
     dtype, on_cpu = first.dtype, first.is_cpu
     if not on_cpu:
@@ -133,9 +136,11 @@ def is_plain(
     if gradients and _grad_enabled() and _any_requires_grad(first, weight, bias, residual):
         return False
     for t in (weight, bias, residual):
-        if t is not None and (
-            type(t) not in _ORDINARY or t.dtype is not dtype or t.is_cpu is not on_cpu or t.is_neg()
-        ):
+        if t is None:
+            continue
+        if type(t) not in _ORDINARY or t.dtype is not dtype or t.is_cpu is not on_cpu:
+            return False
+        if t.layout is not _STRIDED or t.is_neg():
             return False
     return True
 

@@ -17,40 +17,11 @@ import fastconv  # noqa: E402  (after the skip)
 from fastconv import backends, zoo  # noqa: E402
 from fastconv.errors import UnsupportedError  # noqa: E402
 from fastconv.nn.graph_forward import forwards  # noqa: E402
+from models import close, leaves, randomized, run  # noqa: E402
 
 nn, F = torch.nn, torch.nn.functional
 needs_c = pytest.mark.skipif(backends.available()["c"] is not None, reason="needs the C kernels")
 SIZE = (4, 10, 12)
-
-
-def randomized(model: nn.Module) -> nn.Module:
-    """Eval mode, with statistics and affine parameters that are not 0 and 1."""
-    generator = torch.Generator().manual_seed(0)
-    for module in model.modules():
-        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
-            with torch.no_grad():
-                for t, low in ((module.weight, 0.5), (module.running_var, 0.5)):
-                    t.copy_(torch.rand(t.shape, generator=generator) + low)
-                for t in (module.bias, module.running_mean):
-                    t.copy_(torch.randn(t.shape, generator=generator))
-    return model.eval()
-
-
-def close(got, want) -> None:
-    for a, b in zip(leaves(got), leaves(want), strict=True):
-        assert a.shape == b.shape
-        assert a.dtype == b.dtype
-        scale = max(1.0, float(b.detach().abs().max()))
-        torch.testing.assert_close(a, b, rtol=0, atol=2e-5 * scale)
-
-
-def leaves(output):
-    return [t for t in torch.utils._pytree.tree_leaves(output) if isinstance(t, torch.Tensor)]
-
-
-def run(model, *args):
-    with torch.no_grad():
-        return model(*args)
 
 
 def conv(c_in=6, c_out=6, kernel=3, **options):
@@ -649,22 +620,4 @@ def test_the_zoo(name):
     new, report = fastconv.accelerate(model, x, check=False)  # float64 takes PyTorch long
     assert report.traced
     assert report.stays == ()
-    close(run(new, x), run(model, x))
-
-
-VIDEO = {"r3d_18": 8, "mc3_18": 8, "r2plus1d_18": 8, "swin3d_t": 4}
-
-
-@pytest.mark.parametrize("name", VIDEO)
-def test_torchvisions_networks(name):
-    try:
-        from torchvision.models import video
-    except (ImportError, RuntimeError) as error:  # built for another PyTorch
-        pytest.skip(f"torchvision: {error}")
-    torch.manual_seed(11)
-    model = randomized(getattr(video, name)(weights=None))
-    x = torch.randn(1, 3, VIDEO[name], 48, 48)
-    new, report = fastconv.accelerate(model, x, check=False)
-    assert report.traced
-    assert all(layer.plan is not None for layer in report.layers)
     close(run(new, x), run(model, x))

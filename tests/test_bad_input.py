@@ -32,7 +32,7 @@ WRONG = {  # what is done to the input, and how the error begins
     "truth values": (lambda x: x > 0, "conv3d: dtype bool is not supported"),
     "sparse": (
         lambda x: x.to_sparse(),
-        "conv3d: input must be a dense tensor, got layout torch.sparse_coo",
+        "conv3d: input must be a dense tensor, got a torch.sparse_coo one",
     ),
     "precision": (lambda x: x.double(), "conv3d: input has dtype float64, but weight has float32"),
     "an array": (

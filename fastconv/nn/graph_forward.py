@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from fastconv import torch_ops
 
@@ -25,11 +26,12 @@ from .graph_steps import DTYPES
 
 MAX_PROGRAMS = 16  # input shapes with memory and packed weights of their own; others run modules
 _TRAINING, _VERSION = attrgetter("training"), attrgetter("_version")
-Key = tuple[tuple[torch.Size, torch.dtype, torch.device, str], ...]
+Key = tuple[TreeSpec | None, tuple[tuple[torch.Size, torch.dtype, torch.device, str], ...]]
 
 
 class Forward:
-    """Calls a module: tensors of known shapes, without a gradient, through a program.
+    """Calls a module: tensors of known shapes, without a gradient, through a program. They may lie
+    in lists, tuples and dictionaries, which a program does not write.
 
     The modules run one by one, as PyTorch would run them, in training mode, where a gradient may be
     asked for, under autocast, compiling and tracing, for other arguments than tensors of one device
@@ -70,12 +72,13 @@ class Forward:
         return type(self.module).forward.__code__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        program = self._program(args) if not kwargs and _can_run(args) else None
+        tensors, form = tensors_of(args)
+        program = self._program(tensors, form) if not kwargs and _can_run(tensors) else None
         if program is None:
             return self.modules(*args, **kwargs)
-        return program(args)
+        return program(tensors)
 
-    def _program(self, args: Sequence[Tensor]) -> Program | None:
+    def _program(self, args: Sequence[Tensor], form: TreeSpec | None) -> Program | None:
         """The program for such arguments, or None where the modules have to run."""
         if self.refused:
             return None
@@ -84,10 +87,10 @@ class Forward:
             return None
         if torch.is_grad_enabled() and self._may_need_gradient(args):
             return None
-        key = _key(args)
+        key = _key(args, form)
         program = self._programs.get(key)
         if program is None or self._state is None or not self._state.holds():
-            return self._made(key, args)
+            return self._made(key, args, form)
         return program
 
     def _watch(self) -> _Watched:
@@ -101,7 +104,7 @@ class Forward:
     def _may_need_gradient(self, args: Sequence[Tensor]) -> bool:
         return any(x.requires_grad for x in (*args, *self.module.parameters()))
 
-    def _made(self, key: Key, args: Sequence[Tensor]) -> Program | None:
+    def _made(self, key: Key, args: Sequence[Tensor], form: TreeSpec | None) -> Program | None:
         with self._lock:
             if self._state is not None and not self._state.holds():
                 self._programs.clear()
@@ -110,7 +113,7 @@ class Forward:
             if program is not None or len(self._programs) >= MAX_PROGRAMS:
                 return program
             try:
-                recording = record(self.module, self.modules, args)
+                recording = record(self.module, self._of_tensors(form), args)
             except UntraceableError as error:
                 self.refused = str(error)
                 self._programs.clear()
@@ -126,13 +129,20 @@ class Forward:
             self._programs[key], self._state = program, state
             return program
 
+    def _of_tensors(self, form: TreeSpec | None) -> Callable[..., Any]:
+        """`modules` for the tensors of its arguments."""
+        if form is None:
+            return self.modules
+        return lambda *tensors: self.modules(*tree_unflatten(tensors, form))
+
     def _delegate(self, modules: list[nn.Module]) -> None:
         for module in modules:
             install(module, self.options, self.contiguous)
 
     def program_of(self, args: Sequence[Tensor]) -> Program | None:
         """The program that a call ran, if one did."""
-        return self._programs.get(_key([x for x in args if isinstance(x, Tensor)]))
+        tensors, form = tensors_of(args)
+        return self._programs.get(_key(tensors, form)) if _can_run(tensors) else None
 
     @property
     def programs(self) -> list[Program]:
@@ -170,8 +180,17 @@ def forwards(model: nn.Module) -> list[Forward]:
     return [forward for forward in found if isinstance(forward, Forward)]
 
 
-def _key(args: Sequence[Tensor]) -> Key:
-    return tuple((x.shape, x.dtype, x.device, torch_ops.precision_of(x)) for x in args)
+def tensors_of(args: Sequence[Any]) -> tuple[Sequence[Any], TreeSpec | None]:
+    """Arguments, those within lists, tuples and dictionaries too, and how they lie there; None
+    where nothing lies in anything."""
+    if not any(isinstance(x, (list, tuple, dict)) for x in args):
+        return args, None
+    return tree_flatten(args)
+
+
+def _key(args: Sequence[Tensor], form: TreeSpec | None) -> Key:
+    tensors = ((x.shape, x.dtype, x.device, torch_ops.precision_of(x)) for x in args)
+    return form, tuple(tensors)
 
 
 def _can_run(args: Sequence[Any]) -> bool:
