@@ -192,7 +192,8 @@ static void input_tile(const fc_winograd *p, const float *x, const tile_place *p
 INLINE int64_t alike_from(const fc_winograd *p, const tile_place *place, int64_t most) {
     const fc_winograd_axis *fast = &p->axis[p->order[0]];
     if (passes_of(p) > 1 || fast->alpha > 1 || fast->stride > 1 || fast->pad > 0) return 1;
-    return fc_max(fc_min(most, fc_min(fast->tiles, fast->in_size) - place->at[p->order[0]]), 1);
+    int64_t inside = fc_min(fast->tiles, fast->in_size - fast->phases + 1);
+    return fc_max(fc_min(most, inside - place->at[p->order[0]]), 1);
 }
 
 /* Where a tile of y is: of `size` valid outputs per axis, at y and residual. */

@@ -322,7 +322,8 @@ def error_factor(p: Plan) -> float:
     A running sum of n random products has relative error d sqrt(n / 2), d the rounding unit.
     Winograd sums only C products per point, rounds both operands and its transforms (about 4 units
     of variance together), and amplifies all of it by the factor of its transforms. Transformed axes
-    therefore shorten the sum that they amplify.
+    therefore shorten the sum that they amplify; where m is 1 the C backend sums the taps with the
+    channels.
 
     Where operands are shorter than the float32 of the sums, their roundings are all that counts:
     two under TF32, as in a direct sum; in half precision those of both transformed operands and of
@@ -336,5 +337,7 @@ def error_factor(p: Plan) -> float:
         return amplification(p.transforms)
     first = p.geometry.temporal if isinstance(p.geometry, SeparableGeometry) else p.geometry
     channels = first.in_channels * prod(first.stride)
+    if p.backend == "c" and p.family != "hfa":
+        channels *= prod(t.r for t in p.transforms if t.m == 1)
     direct = first.in_channels * first.taps / 2 + 1
     return amplification(p.transforms) * sqrt((channels / 2 + 4) / direct)
