@@ -410,7 +410,7 @@ def check_arrays(op: str, **arrays: Array | None) -> None:
     """One kind, one supported precision, one device for all arrays of a call; biases and residuals
     may be None."""
     optional = {name for name in arrays if name.endswith(("bias", "residual"))}
-    given = {name: a for name, a in arrays.items() if a is not None or name not in optional}
+    given: dict[str, Any] = {n: a for n, a in arrays.items() if a is not None or n not in optional}
     check_dense(op, **given)
     (first, x), *rest = given.items()
     tensor = is_tensor(x)

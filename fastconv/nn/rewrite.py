@@ -45,8 +45,8 @@ def accelerate(
 ) -> tuple[nn.Module, Report]:
     """A copy of an eval-mode model that runs on our kernels, and a report.
 
-    example_input  a tensor, or a tuple of positional arguments; tensors may lie in lists, tuples and
-                   dictionaries
+    example_input  a tensor, or a tuple of positional arguments; tensors may lie in lists, tuples
+                   and dictionaries
     algorithm, backend, tolerance, max_workspace_bytes: as for `fastconv.conv3d`, per layer
     tune           measure which plan is fastest for every layer, see `fastconv.tune`; seconds per
                    layer, but results are kept: what was measured before is not measured again
@@ -218,7 +218,9 @@ class _Rows:
             for program in forward.programs:
                 # Only the model's own example is at hand.
                 timed = times and forward.module is model and program is forward.program_of(args)
-                measured = program.times(tensors_of(args)[0]) if timed else [None] * len(program.works)
+                measured = (
+                    program.times(tensors_of(args)[0]) if timed else [None] * len(program.works)
+                )
                 for work, ms in zip(program.works, measured, strict=True):
                     self._note(work, prefix, ms)
 
