@@ -441,6 +441,11 @@ def check_state(op: str, state: State, window: Geometry, input: Array) -> None:
             raise UnsupportedError(
                 f"{op}: input is on device {input.device}, but {name} are on {array.device}"
             )
+    step = state.steps.stride()[0] if is_tensor(state.steps) else state.steps.strides[0]
+    if window.batch > 1 and not step:
+        raise GeometryError(
+            f"{op}: every stream needs its own, state steps are one counter for all"
+        )
     frames, steps = ((tuple(a.shape), _dtype(a)) for a in (state.frames, state.steps))
     check_memory(op, window, _dtype(input), state.form, state.start, state.stride, frames, steps)
 
@@ -559,6 +564,7 @@ def run_step(
     module = backends.kernel(plan.family, plan.backend)
     x, residual = ops.dense(x, plan.layout), ops.dense(residual, plan.layout)
     scratch = ops.workspace(module.workspace_size(plan), y.dtype)
+    bias = ops.flat(bias)
     module.run(
         plan, x, packed, bias, residual, state.frames, state.steps, y, scratch, active, update
     )

@@ -231,11 +231,11 @@ def _conv(
             tolerance=tolerance,
             max_workspace_bytes=max_workspace_bytes,
         )
-        y = execute(plan, input, pack(plan, weight), _flat(bias), residual)
+        y = execute(plan, input, pack(plan, weight), flat(bias), residual)
     return y[0] if unbatched else y
 
 
-def _flat(bias: np.ndarray | None) -> np.ndarray | None:
+def flat(bias: np.ndarray | None) -> np.ndarray | None:
     """Kernels that see addresses read one element behind the other."""
     return None if bias is None else np.ascontiguousarray(bias)
 
@@ -326,7 +326,7 @@ def separable_block(
             tolerance=tolerance,
             max_workspace_bytes=max_workspace_bytes,
         )
-        y = execute(plan, input, pack(plan, weights), tuple(map(_flat, biases)), residual)
+        y = execute(plan, input, pack(plan, weights), tuple(map(flat, biases)), residual)
     return y[0] if unbatched else y
 
 

@@ -31,7 +31,7 @@ from .geometry import Geometry
 from .ops import workspace_address
 from .plan import Plan
 from .torch_ops_register import give_kernels
-from .torch_ops_runner import is_plain
+from .torch_ops_runner import flat, is_plain
 
 _ARGUMENTS = (
     "Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups, "
@@ -93,6 +93,7 @@ def key_of(
             frames.dtype,
             frames.is_cpu or frames.device,
             steps.shape,
+            steps.stride(),
             steps.dtype,
             steps.is_cpu or steps.device,
             state.form,
@@ -256,7 +257,7 @@ def _step_impl(
         input.dtype,
         None if input.is_cpu else (input.device, torch_ops.precision_of(input)),
         (state.shape, state.stride(), state.dtype, state.is_cpu or state.device),
-        (steps.shape, steps.dtype, steps.is_cpu or steps.device),
+        (steps.shape, steps.stride(), steps.dtype, steps.is_cpu or steps.device),
         (weight.shape, weight.dtype, weight.is_cpu or weight.device),
         None if bias is None else (bias.shape, bias.dtype, bias.is_cpu or bias.device),
         None if residual is None else (residual.shape, residual.dtype, residual.device),
@@ -406,12 +407,11 @@ class Stepper:
             y.zero_()
         if self._nothing:
             return y
+        bias = flat(bias)
         if not self._in_c:
             self._write(x, frames, steps, packed, bias, residual, y, active, update)
             return y
         x, residual = torch_ops.dense(x, layout), torch_ops.dense(residual, layout)
-        if bias is not None and not bias.is_contiguous():
-            bias = bias.contiguous()
         packed.step_at(
             x.data_ptr(),
             0 if bias is None else bias.data_ptr(),

@@ -55,7 +55,7 @@ class Runner:
             return dense(self._convolve(x, packed, bias, self.plan.geometry), layout)
         if residual is not None:
             residual = dense(residual, layout)
-        bias = tuple(map(_flat, bias)) if isinstance(bias, tuple) else _flat(bias)
+        bias = tuple(map(flat, bias)) if isinstance(bias, tuple) else flat(bias)
         y = self._new_y(x)
         if not self._nothing:
             self._write(x, packed, bias, residual, y)
@@ -92,10 +92,10 @@ class _RunnerInC(Runner):
         if bias is None:
             biases = _NO_BIASES
         elif isinstance(bias, tuple):
-            bias = tuple(map(_flat, bias))
+            bias = tuple(map(flat, bias))
             biases = tuple(0 if b is None else b.data_ptr() for b in bias)
         else:
-            bias = _flat(bias)
+            bias = flat(bias)
             biases = (bias.data_ptr(), 0, 0)
         y = self._new_y(x)
         if not self._nothing:
@@ -154,7 +154,7 @@ _STRIDED = torch.strided
 _ORDINARY = (Tensor, torch.nn.Parameter)
 
 
-def _flat(bias: Tensor | None) -> Tensor | None:
+def flat(bias: Tensor | None) -> Tensor | None:
     """Kernels that see addresses read one element behind the other."""
     return bias if bias is None or bias.is_contiguous() else bias.contiguous()
 

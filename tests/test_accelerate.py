@@ -548,6 +548,44 @@ def test_other_precisions_and_empty_batches_are_pytorchs():
     torch.testing.assert_close(run(double, x.double()), run(model.double(), x.double()))
 
 
+WRONG = {
+    "rank": lambda x: x[0, 0],
+    "channels": lambda x: x[:, :3],
+    "precision": lambda x: x.double(),
+    "integers": lambda x: x.int(),
+    "complex": lambda x: x.to(torch.complex64),
+    "sparse": lambda x: x.to_sparse(),
+    "meta": lambda x: x.to("meta"),
+    "an array": lambda x: x.numpy(),
+    "nothing": lambda x: None,
+}
+UNUSUAL = {
+    "overlapping": lambda x: torch.randn(2000).as_strided(x.shape, (0, 100, 20, 3, 1)),
+    "negated": lambda x: torch.complex(x, x).conj().imag,
+    "expanded": lambda x: x[:, :, :1].expand_as(x),
+    "NaN": lambda x: x.masked_fill(x > 1, float("nan")),
+    "infinite": lambda x: x.masked_fill(x > 1, float("inf")),
+    "another batch": lambda x: x.expand(3, -1, -1, -1, -1),
+    "a parameter": lambda x: nn.Parameter(x.clone()),
+}
+
+
+def test_what_is_wrong_is_refused_and_what_is_unusual_is_served():
+    model = randomized(nn.Sequential(conv(6, 6), nn.ReLU(), nn.Conv3d(6, 5, 1)))
+    x = torch.randn(1, 6, *SIZE)
+    new, _ = fastconv.accelerate(model, x)
+    want = run(new, x)
+    for change in WRONG.values():
+        with pytest.raises((NotImplementedError, ValueError)):
+            run(new, change(x))
+    assert torch.equal(run(new, x), want)
+    for change in UNUSUAL.values():
+        other = change(x)
+        torch.testing.assert_close(
+            run(new, other), run(model, other), rtol=1e-4, atol=1e-4, equal_nan=True
+        )
+
+
 def test_a_compiled_or_exported_copy_is_the_model():
     model = randomized(nn.Sequential(ConvBnRelu(), nn.AdaptiveAvgPool3d(1)))
     x = torch.randn(1, 6, *SIZE)
