@@ -9,6 +9,7 @@ import pickle
 import threading
 from collections import OrderedDict
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -476,6 +477,13 @@ WRITES = {
     "statistics": lambda m: m[0][1].running_var.add_(1),
     "replaced": lambda m: setattr(m[0][0], "weight", nn.Parameter(m[0][0].weight * 3)),
     "data": lambda m: setattr(m[0][0].weight, "data", m[0][0].weight.data * 3),
+    "through data": lambda m: m[0][0].weight.data.mul_(3),
+    "statistics through data": lambda m: m[0][1].running_mean.data.add_(3),
+    "through an array": lambda m: np.multiply(w := m[0][0].weight.detach().numpy(), 3, out=w),
+    "some elements, and told": lambda m: (
+        m[0][0].weight.data[1, 1, 1].mul_(9),
+        [forward.forget_plans() for forward in forwards(m)[:1]],
+    ),
     "state dict": lambda m: m.load_state_dict({k: v * 2 for k, v in m.state_dict().items()}),
     "module": lambda m: m[0].__setitem__(2, nn.Sigmoid()),
 }

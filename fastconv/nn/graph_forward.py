@@ -9,9 +9,9 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
@@ -20,12 +20,15 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from fastconv import torch_ops
 
+from .conv import Conv1d, Conv2d, Conv3d
 from .graph import UntraceableError, hooked, record
 from .graph_program import Options, Program
 from .graph_steps import DTYPES
 
 MAX_PROGRAMS = 16  # input shapes with memory and packed weights of their own; others run modules
 _TRAINING, _VERSION = attrgetter("training"), attrgetter("_version")
+_BOTH = itemgetter(0, 1)
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # NaN equals NaN
 Key = tuple[TreeSpec | None, tuple[tuple[torch.Size, torch.dtype, torch.device, str], ...]]
 
 
@@ -150,9 +153,13 @@ class Forward:
         return list(self._programs.values())
 
     def forget_plans(self) -> None:
-        """Plan, and pack weights, anew in the next call."""
-        with self._lock:
-            self._programs.clear()
+        """Plan, and pack weights, anew in the next call, here and in the modules that stay."""
+        for forward in forwards(self.module):
+            with forward._lock:
+                forward._programs.clear()
+        for module in self.module.modules():
+            if isinstance(module, (Conv1d, Conv2d, Conv3d)):
+                module.forget_plans()
 
     def __getstate__(self) -> dict[str, Any]:
         skipped = ("_programs", "_lock", "_watched", "_state")
@@ -220,8 +227,8 @@ class _Watched:
 
 
 class _State:
-    """The modules of a module, and the tensors that its programs read: which, where, and how often
-    written."""
+    """The modules of a module, and the tensors that its programs read: which, where, how often
+    written, and two elements of each on a CPU, since writes through `.data` are not counted."""
 
     def __init__(self, module: nn.Module, sources: Sequence[Tensor]) -> None:
         used = set(map(id, sources))
@@ -235,10 +242,13 @@ class _State:
         self._children = [(children, list(children.values())) for children in families]
         # Inference tensors do not count their writes.
         self._countable = not any(t.is_inference() for t in self.tensors)
-        self._marks = self._now() if self._countable else ([], [])
+        seen = self.tensors if self._countable else []
+        self._samples = [part for t in seen for part in _first_and_last(t)]
+        self._marks = self._now() if self._countable else ([], [], [])
 
-    def _now(self) -> tuple[list[int], list[int]]:
-        return list(map(_VERSION, self.tensors)), list(map(Tensor.data_ptr, self.tensors))
+    def _now(self) -> tuple[list[int], list[int], list[tuple[int, int]]]:
+        pointers = list(map(Tensor.data_ptr, self.tensors))
+        return list(map(_VERSION, self.tensors)), pointers, list(map(_BOTH, self._samples))
 
     def holds(self) -> bool:
         """Whether nothing was replaced or written since."""
@@ -248,3 +258,13 @@ class _State:
             if table.get(name) is not tensor:
                 return False
         return all(list(children.values()) == kept for children, kept in self._children)
+
+
+def _first_and_last(tensor: Tensor) -> Iterator[memoryview]:
+    """A view of two elements in memory, as integers; none where the CPU sees none."""
+    integers = _INTEGERS.get(tensor.element_size())
+    dense = tensor.layout is torch.strided and not tensor.is_quantized
+    if tensor.is_cpu and dense and tensor.numel() and integers is not None:
+        reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        ends = tensor.detach().as_strided((2,), (reach,))
+        yield memoryview(ends.view(integers).numpy())

@@ -63,8 +63,10 @@ def accelerate(
     within the convolutions. In training mode, or where a gradient may be asked for, its modules run
     one by one, with our convolutions in the place of PyTorch's. A module that cannot be recorded
     (its control flow looks at numbers, it writes its buffers or inputs, it has hooks) stays as it
-    is, and its children are recorded instead. A parameter that is written or replaced is seen; a
-    write through `.data` is not, for which `accelerated.forward.forget_plans()` is.
+    is, and its children are recorded instead. A parameter that is written or replaced is seen. Of
+    writes that PyTorch does not count, through `.data` or an array, those are seen that change the
+    first or the last element of a tensor on a CPU; for others `accelerated.forward.forget_plans()`
+    is there.
 
     Raises UnsupportedError for a model in training mode, and if the error of the outputs on the
     example input is beyond `Report.allowed`.
