@@ -49,21 +49,9 @@ def conv1d(
     result  (N, K, OT)
     """
     return _conv(
-        1,
-        input,
-        weight,
-        bias,
-        stride,
-        padding,
-        dilation,
-        groups,
-        activation=activation,
-        residual=residual,
-        algorithm=algorithm,
-        backend=backend,
-        tolerance=tolerance,
-        max_workspace_bytes=max_workspace_bytes,
-    )
+        1, input, weight, bias, stride, padding, dilation, groups, activation, residual,
+        algorithm, backend, tolerance, max_workspace_bytes,
+    )  # fmt: skip
 
 
 def conv2d(
@@ -89,21 +77,9 @@ def conv2d(
     result  (N, K, OH, OW)
     """
     return _conv(
-        2,
-        input,
-        weight,
-        bias,
-        stride,
-        padding,
-        dilation,
-        groups,
-        activation=activation,
-        residual=residual,
-        algorithm=algorithm,
-        backend=backend,
-        tolerance=tolerance,
-        max_workspace_bytes=max_workspace_bytes,
-    )
+        2, input, weight, bias, stride, padding, dilation, groups, activation, residual,
+        algorithm, backend, tolerance, max_workspace_bytes,
+    )  # fmt: skip
 
 
 def conv3d(
@@ -144,21 +120,9 @@ def conv3d(
     serves, BackendError for a backend that is not available.
     """
     return _conv(
-        3,
-        input,
-        weight,
-        bias,
-        stride,
-        padding,
-        dilation,
-        groups,
-        activation=activation,
-        residual=residual,
-        algorithm=algorithm,
-        backend=backend,
-        tolerance=tolerance,
-        max_workspace_bytes=max_workspace_bytes,
-    )
+        3, input, weight, bias, stride, padding, dilation, groups, activation, residual,
+        algorithm, backend, tolerance, max_workspace_bytes,
+    )  # fmt: skip
 
 
 def _conv(
@@ -170,7 +134,6 @@ def _conv(
     padding: Any,
     dilation: Any,
     groups: int,
-    *,
     activation: str,
     residual: Array | None,
     algorithm: str,

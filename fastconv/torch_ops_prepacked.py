@@ -24,8 +24,7 @@ from .torch_autograd import (
     gradient_of_input,
     through_activation,
 )
-from .torch_ops_conv import result_shape, route
-from .torch_ops_packed import held_weights
+from .torch_ops_conv import result_shape, run
 from .torch_ops_register import define, register
 from .torch_ops_runner import new_dense
 
@@ -73,12 +72,10 @@ def _impl(
     tolerance: float = 4.0,
     max_workspace_bytes: int | None = None,
 ) -> Tensor:
-    weight = _weight(packed, weight_size)
-    runner = route(
-        input, weight, bias, stride, padding, dilation, groups, activation, residual,
-        algorithm, backend, tolerance, max_workspace_bytes, "conv_prepacked",
+    return run(
+        input, _weight(packed, weight_size), bias, stride, padding, dilation, groups, activation,
+        residual, algorithm, backend, tolerance, max_workspace_bytes, "conv_prepacked", packed,
     )  # fmt: skip
-    return runner(input, held_weights(packed, True).form(runner, weight), bias, residual)
 
 
 def _fake(
@@ -90,12 +87,8 @@ def _fake(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-    activation: str = "none",
-    residual: Tensor | None = None,
-    algorithm: str = "auto",
-    backend: str = "auto",
-    tolerance: float = 4.0,
-    max_workspace_bytes: int | None = None,
+    *_: Any,
+    **__: Any,
 ) -> Tensor:
     shape = result_shape(input.shape, weight_size, stride, padding, dilation, groups)
     return new_dense(shape, input, ops.layout_of(input))

@@ -15,9 +15,10 @@ from fastconv.plan import CHANNELS_LAST, Plan, Request
 Module = TypeVar("Module", bound="_Conv")
 MAX_SHAPES = 256  # input shapes remembered per module
 # What a plan depends on besides the arrays.
-_OPTIONS = {"stride", "padding", "dilation", "groups", "channels_last"} | {
-    "algorithm", "backend", "tolerance", "max_workspace_bytes",
-}  # fmt: skip
+_OPTIONS = (
+    *("stride", "padding", "dilation", "groups", "channels_last"),
+    *("algorithm", "backend", "tolerance", "max_workspace_bytes"),
+)
 
 
 class _Conv(nn.modules.conv._ConvNd):

@@ -267,4 +267,4 @@ def _first_and_last(tensor: Tensor) -> Iterator[memoryview]:
     if tensor.is_cpu and dense and tensor.numel() and integers is not None:
         reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
         ends = tensor.detach().as_strided((2,), (reach,))
-        yield memoryview(ends.view(integers).numpy())
+        yield ends.view(integers).numpy().data
