@@ -113,8 +113,8 @@ def continual_state(
     weight  (K, C / groups, KT, *kernel)
     stride, padding, dilation, groups: those of the steps; forms 'sum' and 'auto' ask for all of
             them, 'ring' for the temporal stride and dilation alone
-    form    'ring' (frames; a column has the bits of the clip), 'sum' (incomplete columns), or
-            'auto', the one with fewer bytes
+    form    'ring' (frames; a column has the bits that a clip has by the same algorithm and tile),
+            'sum' (incomplete columns), or 'auto', the one with fewer bytes
     start   'zeros': the first columns are those of zero padding in front of the stream, or
             'replicate', of its first frame repeated
     """
@@ -165,7 +165,9 @@ def continual_step(
     residual: Array | None = None,
     active: Array | Sequence[int] | None = None,
     update_state: bool = True,
+    algorithm: str = "auto",
     backend: str = "auto",
+    tolerance: float = planner.DEFAULT_TOLERANCE,
     max_workspace_bytes: int | None = None,
 ) -> Array:
     """One frame in, one output column out; `state` is written in place.
@@ -177,6 +179,8 @@ def continual_step(
     active    (N,) bool, or the numbers of the slots that have a frame now; None for all. Of the
               others nothing is read, and no state written
     update_state  False for a look ahead: the result as if the frame were fed, the state as before
+    algorithm  'auto', 'direct', or 'winograd': F(m, r) on the axes of a frame
+    backend, tolerance, max_workspace_bytes: as for `conv3d`
     result    (N, K, *out_frame); zeros for slots that are not active or whose column is not
               complete, which `state.emits` tells before the step
     stride, padding, dilation: as for the convolution over the whole stream (an int, or one per
@@ -189,13 +193,17 @@ def continual_step(
     Raises as `conv3d` does; the state is then untouched.
     """
     op, key, find = "continual_step", None, known_geometry
+    choice: dict[str, Any] = {
+        "algorithm": algorithm,
+        "backend": backend,
+        "tolerance": tolerance,
+        "max_workspace_bytes": max_workspace_bytes,
+    }
     tensor = is_tensor(input)
     if tensor:
         from . import torch_continual
 
-        options = (
-            stride, padding, dilation, groups, activation, backend, max_workspace_bytes,
-        )  # fmt: skip
+        options = (stride, padding, dilation, groups, activation, *choice.values())
         key = torch_continual.key_of(input, state, weight, bias, residual, options)
         ready = None if key is None else torch_continual.known(key)
         if ready is not None:
@@ -211,7 +219,7 @@ def continual_step(
     if tensor:
         return torch_continual.continual_step(
             input, state, weight, bias, geometry, epilogue, residual, mask, update_state,
-            key=key, backend=backend, max_workspace_bytes=max_workspace_bytes,
+            key=key, **choice,
         )  # fmt: skip
     check_state(op, state, geometry, input)
     plan = step_plan(
@@ -221,8 +229,7 @@ def continual_step(
         dtype=str(input.dtype),
         epilogue=epilogue,
         layout=state_layout(op, state.frames, input),
-        backend=backend,
-        max_workspace_bytes=max_workspace_bytes,
+        **choice,
     )
     y = ops.empty(column_shape(geometry), input.dtype, plan.layout)
     if mask is not None or geometry.stride[0] > 1:
@@ -244,7 +251,9 @@ def continual_step_functional(
     activation: str = "none",
     residual: Array | None = None,
     active: Array | Sequence[int] | None = None,
+    algorithm: str = "auto",
     backend: str = "auto",
+    tolerance: float = planner.DEFAULT_TOLERANCE,
     max_workspace_bytes: int | None = None,
 ) -> tuple[Array, State]:
     """`continual_step` that leaves the state alone and returns the column with a new state.
@@ -252,7 +261,12 @@ def continual_step_functional(
     For training frame by frame: with tensors, gradients flow through both results to the input,
     the state, the weight, the bias and the residual.
     """
-    options: dict[str, Any] = {"backend": backend, "max_workspace_bytes": max_workspace_bytes}
+    options: dict[str, Any] = {
+        "algorithm": algorithm,
+        "backend": backend,
+        "tolerance": tolerance,
+        "max_workspace_bytes": max_workspace_bytes,
+    }
     if not is_tensor(input):
         state = state.save()
         y = continual_step(
@@ -528,21 +542,24 @@ def mask_of(op: str, active: Any, input: Array) -> Array | None:
 
 
 def step_plan(window: Geometry, form: str, start: str, **choice: Any) -> Plan:
-    """The plan of a step; choice: as for `planner.plan`."""
-    plan = planner.plan(window, continual=True, **choice)
+    """The plan of a step; choice: as for `planner.plan`.
+
+    It is the plan of one stream, so that no stream's bits depend on how many there are.
+    """
+    plan = planner.plan(replace(window, batch=1), continual=True, **choice)
     options = {"sum": int(form == "sum"), "replicate": int(start == "replicate")}
     config = tuple((name, value) for name, value in options.items() if value)
-    if not config:
+    if not config and window.batch == 1:
         return plan
-    plan = replace(plan, config=config)
+    plan = replace(plan, geometry=window, config=config)
     limit = choice.get("max_workspace_bytes")
-    if limit is not None:  # which the planner held against the form of frames
+    if limit is not None:  # which the planner held against one stream in the form of frames
         elements = backends.kernel(plan.family, plan.backend).workspace_size(plan)
         size = elements * ELEMENT_BYTES[plan.dtype]
         if size > limit:
             raise UnsupportedError(
-                f"the form {form!r} on backend {plan.backend!r} needs {size:,} bytes of "
-                f"workspace, allowed are {limit:,}"
+                f"{window.batch} streams in form {form!r} on backend {plan.backend!r} need "
+                f"{size:,} bytes of workspace, allowed are {limit:,}"
             )
     return plan
 

@@ -29,14 +29,15 @@ from .epilogue import Epilogue
 from .errors import UnsupportedError
 from .geometry import Geometry
 from .ops import workspace_address
-from .plan import Plan
+from .plan import DEFAULT_TOLERANCE, Plan
 from .torch_ops_register import give_kernels
 from .torch_ops_runner import flat, is_plain
 
 _ARGUMENTS = (
     "Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups, "
     "str activation='none', Tensor? residual=None, Tensor? active=None, bool update_state=True, "
-    "str form='ring', str start='zeros', str backend='auto', int? max_workspace_bytes=None"
+    "str form='ring', str start='zeros', str algorithm='auto', str backend='auto', "
+    f"float tolerance={DEFAULT_TOLERANCE}, int? max_workspace_bytes=None"
 )
 _library = torch.library.Library("fastconv", "FRAGMENT")
 _library.define(
@@ -77,7 +78,7 @@ def key_of(
 ) -> Any:
     """What tells a step from others; None where it needs more than a plan: a trace, a refusal."""
     frames, steps = state.frames, state.steps
-    if not is_plain(input, weight, bias, residual, gradients=False):
+    if weight is None or not is_plain(input, weight, bias, residual, gradients=False):
         return None
     for part in (frames, steps):
         if type(part) is not Tensor or part.layout is not torch.strided or part.is_nested:
@@ -145,7 +146,7 @@ def continual_step(
     """`continual.continual_step` on tensors that the door has checked; no gradient is kept.
 
     key     from `key_of`
-    choice  backend, max_workspace_bytes
+    choice  algorithm, backend, tolerance, max_workspace_bytes
     """
     continual.check_state("continual_step", state, geometry, input)
     if key is not None:
@@ -248,7 +249,9 @@ def _step_impl(
     update_state: bool = True,
     form: str = "ring",
     start: str = "zeros",
+    algorithm: str = "auto",
     backend: str = "auto",
+    tolerance: float = DEFAULT_TOLERANCE,
     max_workspace_bytes: int | None = None,
 ) -> Tensor:
     key = (
@@ -265,7 +268,9 @@ def _step_impl(
         activation,
         form,
         start,
+        algorithm,
         backend,
+        tolerance,
         max_workspace_bytes,
         winners.generation(),
     )
@@ -281,8 +286,8 @@ def _step_impl(
         ops.check_extras(op, window.out_channels, last, bias, residual)
         epilogue = Epilogue(bias is not None, activation, residual is not None)
         plan = _plan_for(
-            input, memory, window, epilogue,
-            backend=backend, max_workspace_bytes=max_workspace_bytes,
+            input, memory, window, epilogue, algorithm=algorithm,
+            backend=backend, tolerance=tolerance, max_workspace_bytes=max_workspace_bytes,
         )  # fmt: skip
         ready = _remember(key, plan)
     if active is not None:
@@ -294,7 +299,7 @@ def _step_impl(
 def _plan_for(
     input: Tensor, state: State, window: Geometry, epilogue: Epilogue, **choice: Any
 ) -> Plan:
-    """The plan of a step that has been checked; choice: backend, max_workspace_bytes."""
+    """The plan of a step that has been checked; choice as for `continual.step_plan`."""
     return continual.step_plan(
         window,
         state.form,
@@ -324,7 +329,9 @@ def _step_fake(
     update_state: bool = True,
     form: str = "ring",
     start: str = "zeros",
+    algorithm: str = "auto",
     backend: str = "auto",
+    tolerance: float = DEFAULT_TOLERANCE,
     max_workspace_bytes: int | None = None,
 ) -> Tensor:
     memory = State(state, steps, form, start, stride[0])
@@ -517,7 +524,7 @@ def _backward(ctx: Any, grad_y: Tensor, grad_state: Tensor, grad_steps: Any) -> 
     dx, dstate, dw = gradients(window, grad, grad_state, input, memory, weight, active, ctx.update)
     db = grad.sum((0, *range(2, grad.dim()))) if ctx.has_bias else None
     dr = grad if ctx.has_residual else None
-    return dx, dstate, None, dw, db, *(None,) * 5, dr, *(None,) * 6
+    return dx, dstate, None, dw, db, *(None,) * 5, dr, *(None,) * 8
 
 
 def _gradients_of_frames(

@@ -107,13 +107,7 @@ class _RunnerInC(Runner):
 _NO_BIASES = (0, 0, 0)
 
 
-def is_plain(
-    first: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None = None,
-    gradients: bool = True,
-) -> bool:
+def is_plain(first: Tensor, *others: Tensor | None, gradients: bool = True) -> bool:
     """Ordinary dense tensors of one device and precision in an ordinary call: no gradient is
     asked for, nobody traces, transforms or watches, and no operator is needed for anything else.
 
@@ -125,17 +119,16 @@ def is_plain(
         return False
     if type(first) is not Tensor or first.layout is not _STRIDED or first.is_nested:
         return False
-    if weight is None or first.is_neg():
+    if first.is_neg():
         return False
     dtype, on_cpu = first.dtype, first.is_cpu
     if not on_cpu:
-        others = (weight, bias, residual)
         device = first.device
         if device.type == "meta" or any(t is not None and t.device != device for t in others):
             return False
-    if gradients and _grad_enabled() and _any_requires_grad(first, weight, bias, residual):
+    if gradients and _grad_enabled() and _any_requires_grad(first, *others):
         return False
-    for t in (weight, bias, residual):
+    for t in others:
         if t is None:
             continue
         if type(t) not in _ORDINARY or t.dtype is not dtype or t.is_cpu is not on_cpu:
