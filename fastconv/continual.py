@@ -209,6 +209,7 @@ def continual_step(
         if ready is not None:
             mask = None if active is None else mask_of(op, active, input)
             return ready.step(input, state, weight, bias, residual, mask, update_state)
+        input, bias, residual = _as_weights_are(weight, input, bias, residual)
         find = torch_continual.finder()
     named = {"state": state.frames} if state.form == "ring" else {}
     ops.check_arrays(op, input=input, **named, weight=weight, bias=bias, residual=residual)
@@ -277,6 +278,7 @@ def continual_step_functional(
     from . import torch_continual
 
     op = "continual_step_functional"
+    input, bias, residual = _as_weights_are(weight, input, bias, residual)
     named = {"state": state.frames} if state.form == "ring" else {}
     ops.check_arrays(op, input=input, **named, weight=weight, bias=bias, residual=residual)
     geometry = window_geometry(op, input.shape, weight.shape, stride, padding, dilation, groups)
@@ -312,6 +314,7 @@ def continual_steps(
     The rest, and the errors, as for `continual_step`.
     """
     op = "continual_steps"
+    input, bias, residual = _as_weights_are(weight, input, bias, residual)
     ops.check_arrays(op, input=input, weight=weight, bias=bias, residual=residual)
     if len(input.shape) != len(weight.shape):
         raise GeometryError(
@@ -368,6 +371,15 @@ def _phase(op: str, state: State, mask: Array | None) -> int:
             f"got {sorted(phases)}"
         )
     return phases.pop() if phases else 0
+
+
+def _as_weights_are(weight: Array, *arrays: Array | None) -> Sequence[Any]:
+    """What autocast may have made less precise than the weights; a state keeps its precision."""
+    if not is_tensor(weight):
+        return arrays
+    from . import torch_continual
+
+    return torch_continual.as_weights_are(weight, *arrays)
 
 
 def _check_axes(op: str, frame: Sequence[int], weight: Sequence[int]) -> None:

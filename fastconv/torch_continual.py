@@ -21,6 +21,7 @@ from . import (
     torch_ops_block,
     torch_ops_packed,
     torch_ops_runner,
+    torch_ops_vmap,
     winners,
 )
 from .continual import State
@@ -30,7 +31,7 @@ from .errors import UnsupportedError
 from .geometry import Geometry
 from .ops import workspace_address
 from .plan import DEFAULT_TOLERANCE, Plan
-from .torch_ops_register import give_kernels
+from .torch_ops_register import cast_by_autocast, define, register
 from .torch_ops_runner import flat, is_plain
 
 _ARGUMENTS = (
@@ -39,16 +40,12 @@ _ARGUMENTS = (
     "str form='ring', str start='zeros', str algorithm='auto', str backend='auto', "
     f"float tolerance={DEFAULT_TOLERANCE}, int? max_workspace_bytes=None"
 )
-_library = torch.library.Library("fastconv", "FRAGMENT")
-_library.define(
-    f"continual_step(Tensor input, Tensor(a!) state, Tensor(b!) steps, {_ARGUMENTS}) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_library.define(
+define(f"continual_step(Tensor input, Tensor(a!) state, Tensor(b!) steps, {_ARGUMENTS}) -> Tensor")
+define(
     f"continual_step_functional(Tensor input, Tensor state, Tensor steps, {_ARGUMENTS}) "
-    "-> (Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    "-> (Tensor, Tensor, Tensor)"
 )
+_APART = ("state", "steps", "active")  # tensors of a precision of their own
 MAX_STEPPERS = 4096  # kinds of steps that are remembered
 _steppers: dict[Any, Stepper] = {}
 
@@ -60,6 +57,15 @@ def new_state(shape: Sequence[int], like: Tensor, dtype: str) -> tuple[Tensor, T
     memory = torch.zeros(tuple(size), dtype=getattr(torch, dtype), device=like.device)
     frames = memory if tuple(size) == tuple(shape) else memory.movedim(-1, 1)
     return frames, torch.zeros(shape[0], dtype=torch.int64, device=like.device)
+
+
+def as_weights_are(weight: Tensor, *tensors: Any) -> Sequence[Any]:
+    """Under autocast, what comes is brought to the precision of the weights; a state keeps its
+    own."""
+    device = weight.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    return cast_by_autocast(device, tensors, weight.dtype)
 
 
 def finder() -> Any:
@@ -354,13 +360,6 @@ def _functional_fake(
     return y, torch.empty_like(state), torch.empty_like(steps)
 
 
-for _name, _impl, _fake in (
-    ("continual_step", _step_impl, _step_fake),
-    ("continual_step_functional", _functional_impl, _functional_fake),
-):
-    give_kernels(_library, _name, _impl, _fake, apart=("state", "steps", "active"))
-
-
 class Stepper:
     """A plan ready for many steps: what it needs besides the arrays is looked up once."""
 
@@ -496,7 +495,7 @@ def _over(mask: Tensor, like: Tensor) -> Tensor:
     return mask.reshape(-1, *(1,) * (like.dim() - 1))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     input, state, steps, weight, bias, *geometry = inputs[:9]
     activation, residual, active, update, form, start = inputs[9:15]
     if activation != "none":
@@ -632,9 +631,9 @@ def _torch_plan(window: Geometry, state: State, x: Tensor) -> Plan:
     return Plan("continual", "torch", window, dtype, Epilogue(), layout, x.device.type, (), config)
 
 
-torch.library.register_autograd(
-    "fastconv::continual_step_functional",
-    _backward,
-    setup_context=_setup_context,
-    lib=_library,
-)
+register("continual_step", _step_impl, _step_fake, autocast="weight", apart=_APART)
+register(
+    "continual_step_functional", _functional_impl, _functional_fake, _context, _backward,
+    autocast="weight", apart=_APART,
+)  # fmt: skip
+torch_ops_vmap.register_steps()

@@ -190,4 +190,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(found)
 
 
-register("separable_block", _impl, _fake, _context, _backward, autocast=True)
+register("separable_block", _impl, _fake, _context, _backward, autocast="lower")

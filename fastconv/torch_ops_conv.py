@@ -239,4 +239,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(found)
 
 
-register("conv", run, _fake, _context, _backward, autocast=True)
+register("conv", run, _fake, _context, _backward, autocast="lower")

@@ -3,7 +3,7 @@
 Its weights come as one plain tensor of one axis, made by `freeze`, so that exporting, compiling and
 saving keep them as they keep any buffer. What a kernel reads is packed at the first call of a plan
 and kept for as long as that tensor lives: of machine, layout and shape of the input nothing is
-stored.
+stored. Autocast brings everything else to their precision.
 """
 
 from __future__ import annotations
@@ -127,4 +127,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(found)
 
 
-register("conv_prepacked", _impl, _fake, _context, _backward)
+register("conv_prepacked", _impl, _fake, _context, _backward, autocast="packed")
