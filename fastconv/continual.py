@@ -467,13 +467,12 @@ def check_state(op: str, state: State, window: Geometry, input: Array) -> None:
             raise UnsupportedError(
                 f"{op}: input is on device {input.device}, but {name} are on {array.device}"
             )
-    step = state.steps.stride()[0] if is_tensor(state.steps) else state.steps.strides[0]
-    if window.batch > 1 and not step:
-        raise GeometryError(
-            f"{op}: every stream needs its own, state steps are one counter for all"
-        )
     frames, steps = ((tuple(a.shape), _dtype(a)) for a in (state.frames, state.steps))
     check_memory(op, window, _dtype(input), state.form, state.start, state.stride, frames, steps)
+    counters = state.steps
+    apart = counters.stride(0) if is_tensor(counters) else counters.strides[0]
+    if window.batch > 1 and not apart:
+        raise GeometryError(f"{op}: state steps must count every stream, got one counter for all")
 
 
 def check_memory(

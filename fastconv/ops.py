@@ -243,16 +243,13 @@ def separable_block(
 
         given = torch_ops.as_autocast_does(input, *weights, *biases, residual)
         input, weights, biases, residual = given[0], tuple(given[1:4]), given[4:7], given[7]
-    named = {
-        f"{name}_weight": w
-        for name, w in zip(("temporal", "depthwise", "pointwise"), weights, strict=True)
-    }
+    stages = ("temporal", "depthwise", "pointwise")
     check_arrays(
         op,
         input=input,
-        **named,
+        **{f"{stage}_weight": w for stage, w in zip(stages, weights, strict=True)},
+        **{f"{stage}_bias": b for stage, b in zip(stages, biases, strict=True)},
         residual=residual,
-        **{f"{i}. bias": b for i, b in enumerate(biases, 1)},
     )
     wt, wd, wp = (w.shape for w in weights)
     geometry = SeparableGeometry.of(input.shape, wt, wd, wp, stride, padding, op=op)

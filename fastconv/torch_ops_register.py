@@ -44,6 +44,7 @@ def register(
 ) -> None:
     """Give a defined operator all that it needs; functions as for torch.library.
 
+    context, backward: None for an operator that keeps no gradient
     autocast  'lower' casts as PyTorch's own convolutions do; the name of an argument stands for its
               precision
     apart     tensors that may be of another precision

@@ -50,11 +50,11 @@ def clip(*size: int) -> torch.Tensor:
     return torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
 
 
-def check(model: nn.Module, *args, traced: bool = True):
+def check(model: nn.Module, *args):
     """The accelerated model's output is the model's own; every convolution has a plan."""
     model = randomized(model)
     new, report = fastconv.accelerate(model, args, check=False)  # float64 takes PyTorch long
-    assert report.traced is traced
+    assert report.traced
     assert report.layers
     assert all(layer.plan is not None for layer in report.layers)
     close(run(new, *fresh(args)), run(model, *fresh(args)))
