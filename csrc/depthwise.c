@@ -1,13 +1,14 @@
 /* Depthwise convolution: along one axis by lines, otherwise by tiles of outputs. */
 #include "depthwise_lines.h"
 #include "depthwise_loops.h"
+#include "depthwise_roll.h"
 #include "depthwise_tile.h"
 
 enum {
     DW_SERIAL = 1 << 18,       /* multiplications below which starting threads would not pay */
-    DW_NEAR_VECTORS = 64 / VL, /* of channels in a region: its rows, and their weights, stay in L1 */
-    DW_NEAR_BYTES = 40 << 10,  /* of input that a region reads for one output frame: stays in L1 */
-    DW_FAR_BYTES = 16 << 20    /* of x and y: some of it is in memory, which takes long to answer */
+    DW_NEAR_VECTORS = 64 / VL, /* of channels in a region: rows, and their weights, stay in L1 */
+    DW_NEAR_BYTES = 40 << 10,  /* of input that a region reads for an output frame: stays in L1 */
+    DW_FAR_BYTES = 16 << 20    /* of x and y: some of it is in memory, which answers late */
 };
 
 static int64_t dw_vectors(const fc_geometry *g) { return fc_ceil_div(g->out_channels, VL); }
@@ -32,10 +33,12 @@ static uint64_t dw_inside(int64_t first, int64_t count, int64_t size) {
    vector is in the group of the one that it overlaps.
 
    frames   address of every input frame, NULL where frames follow one another from x on
+   kind     compiled tiles, or NULL
    lane_of  per vector, which input lane each output lane reads; NULL with multiplier 1
    high, wide     outputs of a region along H and W
    strips, groups, chunks   of rows, of vectors, of frames
-   through  regions go through the frames
+   parts    groups that an item goes through one after another, region by region
+   through  regions go through the frames; rolled: by dw_rolled
    ahead    ask for what later tiles read
    stream   write past the caches */
 typedef struct {
@@ -44,32 +47,38 @@ typedef struct {
     const float *const *frames;
     const tile_kind *kind;
     const vec_int *lane_of;
-    int64_t cols, high, wide, strips, groups, chunks;
-    int width, through, ahead, stream;
+    int64_t cols, high, wide, strips, groups, parts, chunks;
+    int width, through, rolled, ahead, stream;
 } dw_job;
 
 typedef struct {
     int64_t image, top, bottom, left, right, vector, last_vector;
 } dw_region;
 
+static const float *dw_plane(const dw_job *j, int64_t image, int64_t frame) {
+    const fc_geometry *g = &j->d->geometry;
+    int64_t index = image * g->in_size[0] + frame;
+    if (j->frames) return j->frames[index];
+    return j->a->x + index * g->in_size[1] * g->in_size[2] * g->in_channels;
+}
+
 /* The planes that output frame t of an image reads, and the first tap that reads one. */
 static int64_t dw_planes(const dw_job *j, int64_t image, int64_t t, const float **planes,
                          int64_t *first) {
     const fc_geometry *g = &j->d->geometry;
     int64_t start = t * g->stride[0] - g->pad[0], step = g->dilation[0], time = g->in_size[0];
-    int64_t size = g->in_size[1] * g->in_size[2] * g->in_channels, count = 0;
+    int64_t count = 0;
     *first = start < 0 ? fc_ceil_div(-start, step) : 0;
-    for (int64_t k = *first; k < g->kernel[0] && start + k * step < time; k++) {
-        int64_t frame = image * time + start + k * step;
-        planes[count++] = j->frames ? j->frames[frame] : j->a->x + frame * size;
-    }
+    for (int64_t k = *first; k < g->kernel[0] && start + k * step < time; k++)
+        planes[count++] = dw_plane(j, image, start + k * step);
     return count;
 }
 
-/* The tiles of a row in a region, compiled for their taps; next: what to ask for meanwhile, at channel
-   0 of the first column, or NULL. */
+/* The tiles of a row in a region by kernels for the inside and for edges; next: what to ask for
+   meanwhile, at channel 0 of the first column, or NULL. */
 static void dw_compiled(const dw_job *j, dw_tile *tile, const dw_region *r, int64_t rows,
-                        int64_t top, int64_t first_tap, int64_t out_row, const float *next) {
+                        int64_t top, int64_t first_tap, int64_t out_row, const float *next,
+                        const dw_kernel *kernels) {
     const fc_geometry *g = &j->d->geometry;
     const fc_arrays *a = j->a;
     int64_t c = g->in_channels, out_width = g->out_size[2], taps = g->kernel[1] * g->kernel[2];
@@ -80,7 +89,8 @@ static void dw_compiled(const dw_job *j, dw_tile *tile, const dw_region *r, int6
     tile->rows = dw_inside(top, in_rows, g->in_size[1]);
     tile->vectors = r->last_vector - r->vector;
     tile->last_channel = c - VL - channel;
-    tile->w_vector = g->kernel[0] * taps * VL;
+    tile->w_plane = taps * VL;
+    tile->w_vector = g->kernel[0] * tile->w_plane;
     tile->weights = a->weights + (r->vector * g->kernel[0] + first_tap) * taps * VL;
     tile->bias = a->bias[0] ? a->bias[0] + channel : NULL;
     for (int64_t column = r->left; column < r->right; column += j->cols) {
@@ -94,7 +104,7 @@ static void dw_compiled(const dw_job *j, dw_tile *tile, const dw_region *r, int6
         tile->residual = a->residual ? a->residual + at : NULL;
         tile->next_x = next ? next + first * g->stride[2] * c + channel : NULL;
         int edge = tile->rows != all_rows || tile->cols != all_cols;
-        j->kind->kernels[j->width][rows - 1][edge](tile);
+        kernels[edge](tile);
     }
 }
 
@@ -156,11 +166,40 @@ static void dw_through(const dw_job *j, dw_tile *tile, const float **planes, con
             rows = rest >= TILE_ROWS && rest != TILE_ROWS + 1 ? TILE_ROWS : fc_min(rest, 2);
             if (j->kind) {
                 const float *next = dw_next(j, r, tile, t, to, top, rows);
-                dw_compiled(j, tile, r, rows, top, first_tap, out_row, next);
+                dw_compiled(j, tile, r, rows, top, first_tap, out_row, next,
+                            j->kind->kernels[j->width][rows - 1]);
             } else {
                 rows = 1;
                 dw_looped(j, tile, r, top, first_tap, out_row);
             }
+        }
+    }
+}
+
+/* A region of at most ROLL_ROWS rows and one tile's columns, plane by plane: each completes a
+   frame. The last planes may be outside: they have no rows. */
+static void dw_rolled(const dw_job *j, dw_tile *tile, const float **planes, const dw_region *r,
+                      int64_t from, int64_t to) {
+    const fc_geometry *g = &j->d->geometry;
+    vec sums[ROLL_ROWS][DW_NEAR_VECTORS][ROLL_TAPS - 1][ROLL_COLS];
+    const float *bias = j->a->bias[0];
+    for (int64_t v = r->vector; v < r->last_vector; v++) {
+        vec start = bias ? vload(bias + dw_channel(g, v)) : vzero();
+        for (int i = 0; i < ROLL_ROWS * (ROLL_TAPS - 1) * ROLL_COLS; i++)
+            sums[i % ROLL_ROWS][v - r->vector][i / ROLL_ROWS % 2][i / ROLL_ROWS / 2] = start;
+    }
+    tile->count = 1;
+    for (int64_t p = fc_max(0, from - g->pad[0]); p < to + ROLL_TAPS - 1 - g->pad[0]; p++) {
+        int64_t t = p + g->pad[0] - (ROLL_TAPS - 1);
+        int outside = p >= g->in_size[0];
+        planes[0] = dw_plane(j, r->image, outside ? 0 : p);
+        const dw_kernel *kernels = roll_kernels[t < from][t + ROLL_TAPS > to];
+        for (int64_t h = r->top; h < r->bottom; h++) {
+            int64_t top = outside ? g->in_size[1] : h * g->stride[1] - g->pad[1];
+            int64_t out_row = (r->image * g->out_size[0] + t) * g->out_size[1] + h;
+            tile->sums = (float *)sums[h - r->top];
+            const float *next = dw_next(j, r, tile, t, to, top, 1);
+            dw_compiled(j, tile, r, 1, top, 0, out_row, next, kernels);
         }
     }
 }
@@ -174,16 +213,19 @@ static void dw_item(void *context, int64_t item, int thread) {
     dw_tile tile = {.frames = planes, .x_row = g->in_size[2] * g->in_channels,
                     .x_col = g->in_channels, .y_row = g->out_size[2] * g->out_channels,
                     .y_col = g->out_channels, .activation = j->d->activation, .stream = j->stream};
+    tile.y_plane = g->out_size[1] * tile.y_row;
     dw_region r = {.image = item / (j->chunks * j->strips * j->groups),
                    .top = dw_share(g->out_size[1], strip, j->strips),
-                   .bottom = dw_share(g->out_size[1], strip + 1, j->strips),
-                   .vector = dw_share(vectors, group, j->groups),
-                   .last_vector = dw_share(vectors, group + 1, j->groups)};
-    for (; r.left < g->out_size[2]; r.left += j->wide) {
-        r.right = fc_min(g->out_size[2], r.left + j->wide);
-        dw_through(j, &tile, planes, &r, dw_share(g->out_size[0], chunk, j->chunks),
-                   dw_share(g->out_size[0], chunk + 1, j->chunks));
-    }
+                   .bottom = dw_share(g->out_size[1], strip + 1, j->strips)};
+    int64_t from = dw_share(g->out_size[0], chunk, j->chunks);
+    int64_t to = dw_share(g->out_size[0], chunk + 1, j->chunks);
+    for (; r.left < g->out_size[2]; r.left += j->wide)
+        for (int64_t part = group * j->parts; part < (group + 1) * j->parts; part++) {
+            r.right = fc_min(g->out_size[2], r.left + j->wide);
+            r.vector = dw_share(vectors, part, j->groups * j->parts);
+            r.last_vector = dw_share(vectors, part + 1, j->groups * j->parts);
+            (j->rolled ? dw_rolled : dw_through)(j, &tile, planes, &r, from, to);
+        }
     if (j->stream) vdrain();
 }
 
@@ -194,15 +236,15 @@ static void dw_cut(dw_job *j, int threads) {
     int64_t frame = g->in_size[1] * g->in_size[2] * VL * (int64_t)sizeof(float);
     j->high = height;
     j->wide = g->out_size[2];
-    j->through = j->kind && g->kernel[0] > 1 && g->out_size[0] > 1;
     int far = !j->frames && dw_bytes(g) > DW_FAR_BYTES;
     j->ahead = far && j->kind && (j->through || g->kernel[0] == 1);
     int64_t deep = far && !j->through ? vectors : fc_min(vectors, DW_NEAR_VECTORS);
-    if (j->through && frame * g->kernel[0] * deep > DW_NEAR_BYTES) {
-        j->high = TILE_ROWS;
+    if (j->through && (j->rolled || frame * g->kernel[0] * deep > DW_NEAR_BYTES)) {
+        j->high = j->rolled ? ROLL_ROWS : TILE_ROWS;
         j->wide = j->cols;
     }
-    j->groups = fc_ceil_div(vectors, deep);
+    j->groups = far ? 1 : fc_ceil_div(vectors, deep);
+    j->parts = far ? fc_ceil_div(vectors, deep) : 1;
     int64_t wanted = threads > 1 ? DW_ITEMS * threads : 1;
     int64_t have = fc_max(1, g->batch * j->groups * fc_ceil_div(height, j->high));
     j->chunks = have < wanted ? fc_min(g->out_size[0], fc_ceil_div(wanted, have)) : 1;
@@ -229,6 +271,9 @@ static void dw_tiles(const fc_depthwise *d, const fc_arrays *a, const float *con
         j.width = g->out_size[2] < WIDE || narrow < wide;
         j.cols = tile_widths[j.width];
     }
+    j.through = j.kind && g->kernel[0] > 1 && g->out_size[0] > 1;
+    j.rolled = j.through && rolls(g);
+    if (j.rolled) j.cols = ROLL_COLS;
     dw_cut(&j, threads);
     fc_parallel_for(threads, g->batch * j.groups * j.strips * j.chunks, dw_item, &j);
 }

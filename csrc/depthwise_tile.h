@@ -13,9 +13,10 @@
    frames     the planes (H, W, C) that the taps read, `count` of them
    at         offset of the tile's first input in each plane, which may be outside of it
    rows, cols bit r is set if row r of the tile's input is inside, bit q for column q
-   weights    of the first plane's taps, w_vector from vector to vector
+   weights    of the first plane's taps; w_plane to the next one's, w_vector to the next vector's
    bias, residual  at the tile's channel, or NULL; residual has the strides of y
    next_x     inputs of a later tile, to ask for meanwhile; NULL for nothing
+   sums, y_plane  of tiles that roll, see depthwise_roll.h: what frames wait with; to the next frame
    stream     y is written past the caches: every vector of it is a whole cache line */
 typedef struct {
     const float *const *frames;
@@ -23,9 +24,9 @@ typedef struct {
     uint64_t rows, cols;
     int64_t vectors, last_channel;
     const float *weights, *bias, *residual;
-    int64_t w_vector;
-    float *y;
-    int64_t y_row, y_col;
+    int64_t w_plane, w_vector;
+    float *y, *sums;
+    int64_t y_row, y_col, y_plane;
     const float *next_x;
     int activation, stream;
 } dw_tile;
@@ -40,7 +41,7 @@ INLINE vec dw_held(vec v) {
 }
 
 /* Ask for the share of the current vector in a later tile: rows and columns that no tile between
-   reads. Only for reading, and only where memory is far: a core has few requests under way. */
+   reads. Not for outputs: a core has few requests under way, and stores can wait. */
 INLINE void tile_ahead(int rows, int cols, const dw_tile *g, int64_t channel) {
     if (!g->next_x) return;
     UNROLL
@@ -53,38 +54,38 @@ INLINE void tile_ahead(int rows, int cols, const dw_tile *g, int64_t channel) {
 
 enum { MOST_TILE_OUTS = 21 };
 
-/* Outputs on their way to memory, but for activations that come later. */
+/* The end of a tile but for activations that come later. */
 INLINE void tile_write(int rows, int cols, int added, int stream, const dw_tile *g,
-                       int64_t channel, const vec *sum, vec low) {
-    int64_t y_row = g->y_row, y_col = g->y_col;
-    float *y = g->y + channel;
-    const float *residual = g->residual + channel;
+                       int64_t channel, const vec *sum) {
+    vec low = vset(activation_floor(g->activation));
     UNROLL
-    for (int i = 0; i < rows; i++, y += y_row, residual += y_row)
+    for (int i = 0; i < rows; i++) {
+        int64_t at = channel + i * g->y_row;
         UNROLL
-        for (int j = 0; j < cols; j++) {
+        for (int j = 0; j < cols; j++, at += g->y_col) {
             vec z = sum[i * cols + j];
-            if (added) z += vload(residual + j * y_col);
-            if (stream) vstream(y + j * y_col, vmax(z, low));
-            else vstore(y + j * y_col, vmax(z, low));
+            if (added) z += vload(g->residual + at);
+            if (stream) vstream(g->y + at, vmax(z, low));
+            else vstore(g->y + at, vmax(z, low));
         }
+    }
 }
 
+/* The end of a tile: residual, activation, store. */
 INLINE void tile_store(int rows, int cols, const dw_tile *g, int64_t channel, const vec *sum) {
-    vec low = vset(activation_floor(g->activation));
-    if (activates_later(g->activation)) { /* before the store: pixels seldom begin with a cache line */
+    if (activates_later(g->activation)) { /* before the store: pixels seldom begin with a line */
         vec later[MOST_TILE_OUTS];
         UNROLL
         for (int i = 0; i < rows * cols; i++) {
+            int64_t at = channel + i / cols * g->y_row + i % cols * g->y_col;
             later[i] = sum[i];
-            if (g->residual)
-                later[i] += vload(g->residual + channel + i / cols * g->y_row + i % cols * g->y_col);
+            if (g->residual) later[i] += vload(g->residual + at);
         }
         activate_sums(later, rows * cols, g->activation);
-        tile_write(rows, cols, 0, 0, g, channel, later, low);
-    } else if (g->residual) tile_write(rows, cols, 1, 0, g, channel, sum, low);
-    else if (g->stream) tile_write(rows, cols, 0, 1, g, channel, sum, low);
-    else tile_write(rows, cols, 0, 0, g, channel, sum, low);
+        tile_write(rows, cols, 0, 0, g, channel, later);
+    } else if (g->residual) tile_write(rows, cols, 1, 0, g, channel, sum);
+    else if (g->stream) tile_write(rows, cols, 0, 1, g, channel, sum);
+    else tile_write(rows, cols, 0, 0, g, channel, sum);
 }
 
 /* Only the outermost kw / 2 columns on either side may be outside: few branches. */
@@ -107,7 +108,7 @@ INLINE void tile_body(int rows, int cols, int kh, int kw, int sh, int sw, int ed
         for (int i = 0; i < rows * cols; i++) sum[i] = start;
         tile_ahead(rows * sh, cols * sw, g, channel);
         const float *w = g->weights + v * g->w_vector;
-        for (int64_t k = 0; k < g->count; k++, w += kh * kw * VL) {
+        for (int64_t k = 0; k < g->count; k++, w += g->w_plane) {
             const float *row = g->frames[k] + g->at + channel;
             vec taps[HELD_TAPS];
             UNROLL
@@ -189,7 +190,8 @@ static const tile_kind *tile_kind_of(const fc_geometry *g) {
     int64_t width = g->out_size[2], taps = g->kernel[2];
     int64_t behind = (width - 1) * g->stride[2] + taps - g->pad[2] - g->in_size[2];
     if (g->out_channels != g->in_channels || g->in_channels < VL || width < NARROW) return NULL;
-    if (g->dilation[1] != 1 || g->dilation[2] != 1 || fc_max(g->pad[2], behind) > taps / 2) return NULL;
+    if (g->dilation[1] != 1 || g->dilation[2] != 1) return NULL;
+    if (fc_max(g->pad[2], behind) > taps / 2) return NULL;
     int count = (int)(sizeof tile_kinds / sizeof *tile_kinds);
     for (int i = 0; i < count; i++) {
         const int *s = tile_kinds[i].shape;
