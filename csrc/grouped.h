@@ -32,11 +32,12 @@ typedef struct {
    slots              frames in the ring
    channel_stride, sums_stride  floats between channels of the ring and of the sums
    residues           of rows, then of columns
-   offsets            (KH, KW): of a tap into a frame */
+   offsets            (KH, KW): of a tap into a frame
+   together           of those, which follow each other for one channel before the next */
 typedef struct {
     int64_t channels, vectors, groups, high, wide;
     int64_t row_phases, column_phases, packed_rows, row_length, frame, slots;
-    int64_t channel_stride, sums_stride;
+    int64_t channel_stride, sums_stride, together;
     const int64_t *residues, *offsets;
 } fc_pixel_lanes;
 

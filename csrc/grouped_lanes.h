@@ -189,11 +189,10 @@ static void lanes_multiply(const lanes_strip *s, int64_t out_t) {
         if (t < 0) left_out = (i + 1) * area * depth;
         if (t < 0 || t >= g->in_size[0]) continue;
         int64_t slot = t % l->slots * l->frame;
-        for (int64_t j = 0; j < g->kernel[1]; j++)
+        for (int64_t j = 0; j < area; j += l->together)
             for (int64_t n = 0; n < depth; n++)
-                for (int64_t q = 0; q < g->kernel[2]; q++)
-                    s->offsets[terms++] =
-                        slot + n * l->channel_stride + l->offsets[j * g->kernel[2] + q];
+                for (int64_t q = 0; q < l->together; q++)
+                    s->offsets[terms++] = slot + n * l->channel_stride + l->offsets[j + q];
     }
     int64_t pixels = (s->rows - 1) * l->row_length + s->columns;
     int64_t vectors = fc_ceil_div(pixels, VL);

@@ -91,6 +91,7 @@ class Strips:
             "sums_stride": self.sums_stride,
             "residues": residues,
             "offsets": offsets,
+            "together": _together(self.geometry),
         }
         return values, [residues, offsets]
 
@@ -98,6 +99,12 @@ class Strips:
 def _slots(g: Geometry) -> int:
     """Frames of the ring: those of one output column."""
     return min(g.span[0], g.in_size[0])
+
+
+def _together(g: Geometry) -> int:
+    """Taps of one input channel that follow each other: those of a row, but not where time may be
+    that row, as it is of one axis and not in its window. A sum has one order."""
+    return g.kernel[2] if max(g.kernel[:2]) > 1 else 1
 
 
 def _residues(kernel_size: int, stride: int, dilation: int) -> tuple[int, ...]:
@@ -183,13 +190,15 @@ def _lines(share: int, channels: int) -> float:
 
 
 def pack(weights: np.ndarray, s: Strips) -> np.ndarray:
-    """w (K, C / G, *kernel) -> (G, blocks, KT * KH, C / G, KW, channels of a register block)."""
+    """w (K, C / G, *kernel) -> (G, blocks, taps / together, C / G, together, channels of a register
+    block)."""
     g, channels = s.geometry, s.channels
     k = g.out_channels // g.groups
     blocks = -(-k // channels)
-    rows, columns = g.taps // g.kernel[-1], g.kernel[-1]
+    columns = _together(g)
+    rows = g.taps // columns
     packed = launch.aligned(g.groups, blocks, rows, g.in_channels // g.groups, columns, channels)
-    # (G, K / G, C / G, KT * KH, KW) -> (G, KT * KH, C / G, KW, K / G)
+    # (G, K / G, C / G, rows, columns) -> (G, rows, C / G, columns, K / G)
     w = np.asarray(weights).reshape(g.groups, k, -1, rows, columns).transpose(0, 3, 2, 4, 1)
     for block in range(blocks):
         part = w[..., block * channels : (block + 1) * channels]
