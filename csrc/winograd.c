@@ -136,6 +136,10 @@ static void output_item(void *context, int64_t item, int thread) {
 
 static void winograd_run(const void *params, const fc_arrays *a) {
     const fc_winograd *p = params;
+    if (p->lanes) {
+        grouped_run(p->lanes, a);
+        return;
+    }
     winograd_round r = {p, a, 0, p->tiles};
     if (!p->phased) {
         int64_t items = 0, blocks = fc_ceil_div(p->tiles, p->block);

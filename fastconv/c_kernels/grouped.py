@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -84,6 +85,15 @@ def _packed(
     cut: strips.Strips | products.Products,
     input_activation: int = 0,
 ) -> Packed:
+    params, keep = parameters(plan, cut, input_activation)
+    form = strips if isinstance(cut, strips.Strips) else products
+    return Packed(plan, form.pack(weights, cut), params, each=cut.each, keep=keep)
+
+
+def parameters(
+    plan: Plan, cut: strips.Strips | products.Products, input_activation: int = 0
+) -> tuple[Any, list[Any]]:
+    """A C structure fc_grouped, and the memory that it points to."""
     assert isinstance(plan.epilogue, Epilogue)
     values = {
         "geometry": launch.c_geometry(cut.geometry),
@@ -92,16 +102,13 @@ def _packed(
         "each": launch.lines(cut.each),
         "input_activation": input_activation,
     }
+    keep: list[Any] = []
     if isinstance(cut, strips.Strips):
         fields, keep = cut.fields()
         values |= {"form": lib.FC_PIXEL_LANES, "lanes": fields}
-        packed = strips.pack(weights, cut)
     else:
-        keep = []
         values |= {"form": lib.FC_PIXEL_ROWS, "rows": cut.fields(), "scaled": cut.scaled}
-        packed = products.pack(weights, cut)
-    params = ffi.new("fc_grouped *", values)
-    return Packed(plan, packed, params, each=cut.each, keep=keep)
+    return ffi.new("fc_grouped *", values), keep
 
 
 def workspace_size(plan: Plan, clip: Geometry | None = None) -> int:
