@@ -72,8 +72,10 @@ class Strips:
         """Floats of a point of a slot: whole vectors where it is transformed."""
         if not self.tiled:
             return self.packed
-        first = self.pixels if self.tile[1] > 1 else self.packed
-        return -(-(first + self.geometry.kernel[2] - 1) // self.lanes) * self.lanes
+        _, high, wide = self.geometry.kernel
+        below = 0 if self.tile[1] > 1 else (high - 1) * self.row_length
+        size = max(0 if self.tile[1] > 1 else self.packed, self.pixels + below + wide - 1)
+        return -(-size // self.lanes) * self.lanes
 
     @property
     def frame(self) -> int:
