@@ -197,7 +197,9 @@ def configurations(p: Plan, max_workspace_bytes: int | None = None) -> Iterator[
     yield p
     for config in backends.kernel(p.family, p.backend).CONFIGS:
         other = replace(p, config=tuple(sorted(config.items())))
-        if other.config != p.config and _over(other, max_workspace_bytes) is None:
+        if other.config == p.config or _refused(other) is not None:
+            continue
+        if _over(other, max_workspace_bytes) is None:
             yield other
 
 
@@ -257,16 +259,19 @@ def _variants(base: Plan, tile: tuple[int, ...] | None) -> Iterator[Plan]:
     if base.backend == "torch":  # which has no transforms: the block is three convolutions
         choices = [(1,) * len(taps)] if tile is None or max(tile) == 1 else []
     else:
-        choices = [tile] if tile is not None else list(_tiles(base.family, taps, sizes))
+        grouped = base.family == "winograd" and base.geometry.groups > 1
+        choices = [tile] if tile is not None else list(_tiles(base.family, taps, sizes, grouped))
     for ms in choices:
         if len(ms) != len(taps):
             raise UnsupportedError(f"tile must have {len(taps)} entries, got {tuple(ms)}")
         yield replace(base, transforms=tuple(map(transform, ms, taps)))
 
 
-def _tiles(family: str, taps: list[int], sizes: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+def _tiles(
+    family: str, taps: list[int], sizes: tuple[int, ...], grouped: bool = False
+) -> Iterator[tuple[int, ...]]:
     """Tile sizes worth a price: 1 on axes of one tap, below twice the output, square in space, and
-    for winograd not all 1.
+    for winograd not all 1; with several groups 1 on the last axis, which kernels sum directly.
     """
     options: list[tuple[int, ...]] = []
     for r, size in zip(taps, sizes, strict=True):
@@ -275,7 +280,9 @@ def _tiles(family: str, taps: list[int], sizes: tuple[int, ...]) -> Iterator[tup
     if family == "hfa":
         # Depthwise is a small share of a block's multiplications; direct costs least memory.
         options = [options[0], (1,), (1,)]
-    square = len(taps) > 1 and taps[-1] == taps[-2]
+    if grouped:
+        options[-1] = (1,)
+    square = len(taps) > 1 and taps[-1] == taps[-2] and not grouped
     for ms in product(*options):
         if square and ms[-1] != ms[-2]:
             continue
@@ -292,9 +299,7 @@ def _priced(p: Plan, request: Request) -> Candidate:
             reason=f"error up to {factor:.1f} times direct exceeds the tolerance of "
             f"{request.tolerance:g}",
         )
-    # Kernels whose transforms are compiled beforehand may refuse a tile that others run.
-    refuses = getattr(backends.kernel(p.family, p.backend), "refuses", None)
-    reason = refuses(p) if refuses else None
+    reason = _refused(p)
     if reason is not None:
         return Candidate(p, reason=reason)
     reason = _over(p, limit)
@@ -305,6 +310,13 @@ def _priced(p: Plan, request: Request) -> Candidate:
             return Candidate(p, reason=reason)
         p = fitting
     return Candidate(p, costs.estimate_ms(p))
+
+
+def _refused(p: Plan) -> str | None:
+    """None, or the reason against a tile or a configuration that others run, as kernels whose
+    transforms are compiled beforehand have it."""
+    refuses = getattr(backends.kernel(p.family, p.backend), "refuses", None)
+    return refuses(p) if refuses else None
 
 
 def _over(p: Plan, limit: int | None) -> str | None:
@@ -335,6 +347,6 @@ def error_factor(p: Plan) -> float:
     if p.precision == "tf32":
         return amplification(p.transforms)
     first = p.geometry.temporal if isinstance(p.geometry, SeparableGeometry) else p.geometry
-    channels = first.in_channels * prod(first.stride)
-    direct = first.in_channels * first.taps / 2 + 1
+    channels = first.in_channels // first.groups * prod(first.stride)
+    direct = first.in_channels // first.groups * first.taps / 2 + 1
     return amplification(p.transforms) * sqrt((channels / 2 + 4) / direct)

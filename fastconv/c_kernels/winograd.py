@@ -137,6 +137,6 @@ def run(plan, x, packed, bias, residual, y, workspace) -> None:
     residual (N, K, *out_size) or None, y (N, K, *out_size) written; memory as plan.layout says.
     plan.transforms has one F(m, ceil(kernel / stride)) per axis.
 
-    Equivalent to `F.conv3d(x, w, bias, stride, padding)`.
+    Equivalent to `F.conv3d(x, w, bias, stride, padding, groups=groups)`.
     """
     packed.run(x, bias, residual, y, workspace)

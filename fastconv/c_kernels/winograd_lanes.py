@@ -35,6 +35,8 @@ def refuses(plan: Plan) -> str | None:
     assert isinstance(plan.geometry, Geometry)
     if plan.tile[-1] > 1:
         return f"with several groups the last axis has tile 1, not {plan.tile[-1]}"
+    if plan.config:
+        return f"with several groups there is nothing to configure, got {dict(plan.config)}"
     if max(plan.tile) == 1:
         return "with several groups a tile of ones is the direct sum"
     return None
