@@ -115,36 +115,35 @@ static void lanes_pack(const lanes_strip *s, int64_t t, float *slot, int64_t to_
     int64_t w = g->in_size[2], step = g->stride[2], pixel = g->in_channels;
     const float *frame =
         input_frame(g, c->arrays->x, c->frames, s->image, t) + s->group * depth;
-    int64_t high = l->packed_rows - (l->high - s->rows) / l->tile[1];
+    /* Rows in the order of memory, though phases take turns. */
+    int64_t row_step = l->tile[1] > 1 ? l->tile[1] : g->stride[1], top = s->row * g->stride[1];
     int64_t reach = (s->rows - 1) * g->stride[1] + (g->kernel[1] - 1) * g->dilation[1];
-    int64_t row_step = l->tile[1] > 1 ? l->tile[1] : g->stride[1];
-    for (int64_t i = 0; i < l->row_phases; i++)
+    int64_t below = (l->row_phases > 1 ? 1 : row_step) * w * pixel;
+    top -= g->pad[1];
+    for (int64_t r = fc_max(-top, 0); r <= fc_min(reach, g->in_size[1] - 1 - top); r++) {
+        int64_t i = 0;
+        while (i < l->row_phases && l->residues[i] != r % row_step) i++;
+        if (i == l->row_phases) continue;
         for (int64_t j = 0; j < l->column_phases; j++) {
-            int64_t top = s->row * g->stride[1] - g->pad[1] + l->residues[i];
             int64_t start = s->column * step - g->pad[2] + l->residues[l->row_phases + j];
             /* Packed columns that lie in the input. */
             int64_t left = fc_max((step - 1 - start) / step, 0);
             int64_t right = fc_min((w - 1 - start + step) / step, l->row_length);
-            for (int64_t r = 0; r < high; r++) {
-                int64_t row = top + r * row_step;
-                if (row < 0 || row >= g->in_size[1]) continue;
-                if (r * row_step + l->residues[i] > reach) break;
-                const float *from = frame + (row * w + start) * pixel;
-                int64_t phase = i * l->column_phases + j;
-                float *to = slot + (phase * l->packed_rows + r) * l->row_length;
-                for (int64_t n = 0; n < channels; n += VL)
-                    for (int64_t q = left; q < right; q += VL) {
-                        /* Some pixels again, rather than fewer than a vector. */
-                        if (right - left >= VL) q = fc_min(q, right - VL);
-                        const float *below = from + (row_step * w + q * step) * pixel + n;
-                        UNROLL
-                        for (int k = 0; k < VL; k++) prefetch(below + k * step * pixel);
-                        transpose_square(from + q * step * pixel + n, step * pixel,
-                                     to + n * to_stride + q, to_stride, right - q,
-                                     channels - n);
-                    }
-            }
+            const float *from = frame + ((top + r) * w + start) * pixel;
+            int64_t row = (i * l->column_phases + j) * l->packed_rows + r / row_step;
+            float *to = slot + row * l->row_length;
+            for (int64_t n = 0; n < channels; n += VL)
+                for (int64_t q = left; q < right; q += VL) {
+                    /* Some pixels again, rather than fewer than a vector. */
+                    if (right - left >= VL) q = fc_min(q, right - VL);
+                    const float *square = from + q * step * pixel + n;
+                    UNROLL
+                    for (int k = 0; k < VL; k++) prefetch(square + below + k * step * pixel);
+                    transpose_square(square, step * pixel, to + n * to_stride + q, to_stride,
+                                     right - q, channels - n);
+                }
         }
+    }
 }
 
 /* Pixels first .. last - 1 of an array, `channels` floats of each, `step` floats apart. */
