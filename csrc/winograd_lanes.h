@@ -121,20 +121,6 @@ static void tiled_output(const lanes_strip *s, int64_t channels, int64_t nv, con
     }
 }
 
-/* Part `i` of `parts` of what is wanted after this tile: lines of its outputs, to write them, and
-   of the frames that the next one packs. */
-static void tiled_expect(const lanes_strip *s, int64_t out_t, int64_t i, int64_t parts) {
-    const fc_geometry *g = &s->call->params->geometry;
-    const fc_pixel_lanes *l = &s->call->params->lanes;
-    int64_t following = out_t + l->tile[0] - g->pad[0] + g->kernel[0] - 1;
-    for (int64_t t = 0; t < fc_min(l->tile[0], s->last_time - out_t); t++) {
-        lanes_pixels leaving = lanes_leaving(s, out_t + t);
-        lanes_expect(1, &leaving, i, parts);
-        lanes_pixels arriving = lanes_arriving(s, following + t);
-        lanes_expect(0, &arriving, i, parts);
-    }
-}
-
 /* The sums of a strip at the output times of one tile. */
 static void tiled_multiply(const lanes_strip *s, int64_t out_t, int64_t of_row) {
     const lanes_call *c = s->call;
@@ -152,7 +138,6 @@ static void tiled_multiply(const lanes_strip *s, int64_t out_t, int64_t of_row) 
     lanes_job job = {.offsets = s->offsets, .terms = terms, .low = -__builtin_inff()};
     float low = c->arrays->residual ? job.low : activation_floor(p->activation);
     const float *bias = c->arrays->bias[0];
-    int64_t step = 0, steps = s->groups * blocks * fc_ceil_div(vectors, l->vectors);
     for (int64_t n = 0; n < s->groups * blocks; n++) {
         int64_t group = n / blocks, first = n % blocks * l->channels;
         int64_t channels = fc_min(l->channels, outputs - first);
@@ -167,9 +152,8 @@ static void tiled_multiply(const lanes_strip *s, int64_t out_t, int64_t of_row) 
         }
         const float *weights =
             c->arrays->weights + (s->group * blocks + n) * points * all_terms * l->channels;
-        for (int64_t v = 0; v < vectors; v += l->vectors, step++) {
+        for (int64_t v = 0; v < vectors; v += l->vectors) {
             int64_t nv = fc_min(l->vectors, vectors - v);
-            tiled_expect(s, out_t, step, steps);
             job.sums = s->tiled.m;
             job.sums_stride = nv * VL;
             job.weights = weights + left_out * l->channels;
