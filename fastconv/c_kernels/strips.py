@@ -270,8 +270,11 @@ def _transform_cycles(s: Strips, vectors: int) -> float:
 
 
 def _lines(share: int, channels: int) -> float:
-    """Cache lines of a pixel that an item reads or writes, one more where it shares one."""
-    return share / launch.LINE + (share < channels and share % launch.LINE > 0)
+    """Cache lines of a pixel that an item reads or writes, one more where it shares one, and half
+    of one where pixels do not follow each other.
+    """
+    apart = 0.5 + (share % launch.LINE > 0) if share < channels else 0.0
+    return share / launch.LINE + apart
 
 
 def pack(weights: np.ndarray, s: Strips) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..geometry import Geometry
 from ..plan import Plan
-from ..transforms import apply_along
+from ..transforms import Transform, apply_along, transform
 from . import grouped, launch, strips
 from .strips import Strips
 
@@ -36,17 +36,23 @@ def refuses(plan: Plan) -> str | None:
     if plan.tile[-1] > 1:
         return f"with several groups the last axis has tile 1, not {plan.tile[-1]}"
     if plan.config:
-        return f"with several groups there is nothing to configure, got {dict(plan.config)}"
-    if max(plan.tile) == 1:
+        return f"with several groups there is nothing to configure, got {plan.options}"
+    if max(t.m for t in _transforms(plan)) == 1:
         return "with several groups a tile of ones is the direct sum"
     return None
+
+
+def _transforms(plan: Plan) -> tuple[Transform, ...]:
+    """Of three axes, where a kernel of one tap has no tiles."""
+    front = (transform(1, 1),) * (3 - len(plan.transforms))
+    return front + tuple(t if t.r > 1 else transform(1, 1) for t in plan.transforms)
 
 
 @lru_cache(maxsize=1024)
 def _cut(plan: Plan, lanes: int) -> Strips:
     assert isinstance(plan.geometry, Geometry)
-    time, down, _ = (1,) * (3 - plan.geometry.n) + plan.tile
-    return strips.cut(plan.geometry, lanes, (time, down))
+    time, down, _ = _transforms(plan)
+    return strips.cut(plan.geometry, lanes, (time.m, down.m))
 
 
 def workspace_size(plan: Plan) -> int:
@@ -58,10 +64,9 @@ def prepack(weights: np.ndarray, plan: Plan) -> launch.Packed:
     """U = G g along T and H, computed in float64 and rounded once, in the order of `strips.pack`
     with points in front of taps."""
     cut = _cut(plan, launch.lanes())
-    u = np.asarray(weights, np.float64)
-    for axis, t in enumerate(plan.transforms, 2):
+    u = np.reshape(weights, cut.geometry.w_shape).astype(np.float64)
+    for axis, t in enumerate(_transforms(plan), 2):
         u = apply_along(t.filter_program, u, axis)
-    u = u.reshape(*u.shape[:2], *(1,) * (3 - plan.geometry.n), *u.shape[2:])
     if cut.tile[0] == 1:
         u = u.swapaxes(2, 3)
     lanes, keep = grouped.parameters(plan, cut)
