@@ -76,7 +76,7 @@ def test_is_the_definition(backend, data, geometry, epilogue, layout):
 @pytest.mark.parametrize("taps", range(2, 8))
 @pytest.mark.parametrize("outputs", range(1, 7))
 def test_every_compiled_transform(backend, outputs, taps):
-    geometry = Geometry.of((1, 12, 11, 13, 9), (16, 3, taps, taps, 2), 1, taps // 2, 1, 4)
+    geometry = Geometry.of((1, 6, 7, 8, 9), (8, 3, taps, taps, 2), 1, taps // 2, 1, 2)
     for tile in ((outputs, 1, 1), (1, outputs, 1), (outputs, outputs, 1)):
         if max(tile) > 1:
             check(plan_for(backend, geometry, tile))
@@ -84,12 +84,12 @@ def test_every_compiled_transform(backend, outputs, taps):
 
 # Channels of a group around register blocks and lanes, columns around vectors and whole strips.
 @on_c
-@pytest.mark.parametrize("channels", [(6, 6), (8, 8), (12, 12), (5, 13), (30, 17), (16, 64)])
-@pytest.mark.parametrize("columns", [1, 15, 16, 17, 57, 300])
+@pytest.mark.parametrize("channels", [(6, 6), (12, 12), (5, 13), (3, 64)])
+@pytest.mark.parametrize("columns", [1, 15, 17, 57, 300])
 def test_strips(backend, channels, columns):
     c, k = channels
-    geometry = Geometry.of((1, 3 * c, 5, 9, columns), (3 * k, c, 3, 3, 3), 1, 1, 1, 3)
-    for tile in ((4, 4, 1), (1, 4, 1), (2, 1, 1)):
+    geometry = Geometry.of((1, 3 * c, 3, 5, columns), (3 * k, c, 2, 3, 3), 1, 1, 1, 3)
+    for tile in ((2, 4, 1), (2, 1, 1)):
         check(plan_for(backend, geometry, tile))
 
 
