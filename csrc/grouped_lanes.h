@@ -50,11 +50,12 @@ INLINE void lanes_body(int channels, int nv, const lanes_job *l) {
         }
     }
     vec low = vset(l->low);
+    float *sums = l->sums; /* stores cannot change a copy */
+    const int64_t stride = l->sums_stride;
     UNROLL
-    for (int i = 0; i < channels; i++)
+    for (int i = 0; i < channels; i++, sums += stride)
         UNROLL
-        for (int j = 0; j < nv; j++)
-            vstore(l->sums + i * l->sums_stride + j * VL, vmax(sum[i * nv + j], low));
+        for (int j = 0; j < nv; j++) vstore(sums + j * VL, vmax(sum[i * nv + j], low));
 }
 
 /* X(channels, vectors) for every register block: sums, a row of pixels and a weight fit. */

@@ -58,8 +58,8 @@ SLOW = Rate(0.5, 0.05, 1.0, 0.2)
 # Slower cases, in multiplications per nanosecond and thread.
 STRIDED_DEPTHWISE = 0.6  # of the usual rate: neighbours share fewer inputs
 PIXELS_IN_LANES = 108.0  # several groups: output pixels in the lanes
-# Winograd there: values per nanosecond on their way into lanes and back, and of V and M.
-LANES_MOVED, LANES_POINTS = 13.5, 7.6
+# Winograd there: inputs and outputs per nanosecond and transformed axis, and of V and M.
+LANES_AXIS, LANES_POINTS = 5.4, 25.0
 TORCH_GROUPS = 45.0  # oneDNN with few channels per group
 TORCH_POINTWISE = 80.0  # equal to ours on X3D-M's maps, half or less on X3D-S's
 TORCH_THIN = 15.0  # oneDNN with fewer than 8 input channels
@@ -110,8 +110,9 @@ def _transforms(plan: Plan, rate: Rate) -> float:
     geometry = plan.geometry
     if plan.family == "winograd" and isinstance(geometry, Geometry) and geometry.groups > 1:
         values = prod(geometry.x_shape) + prod(geometry.y_shape)
-        points = prod(t.alpha / t.m for t in plan.transforms if t.m > 1)
-        return values * (1 / LANES_MOVED + points / LANES_POINTS)
+        tiled = [t.alpha / t.m for t in plan.transforms if t.m > 1]
+        moved = values * (len(tiled) / LANES_AXIS + prod(tiled) / LANES_POINTS)
+        return moved * _vector_share() if plan.backend == "c" else moved
     return _transform_operations(plan) / rate.transforms
 
 
@@ -161,6 +162,19 @@ def _per_ns(plan: Plan, rate: Rate) -> float:
     if prod(geometry.kernel[1:]) > 1 and (few or plan.family == "continual"):
         return min(usual, TORCH_FEW_PIXELS)
     return min(usual, TORCH_POINTWISE) if geometry.taps == 1 else usual
+
+
+def _vector_share() -> float:
+    """Lanes of the C backend's vectors, of those that the rates were measured with. Where there are
+    fewer, everything multiplies more slowly, but values move as fast: they count for less.
+    """
+    from . import backends
+
+    if backends.available()["c"] is not None:
+        return 1.0
+    from .c_kernels import launch
+
+    return launch.lanes() / LANES
 
 
 def _layout_copies(plan: Plan) -> float:
