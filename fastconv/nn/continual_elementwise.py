@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -30,12 +30,18 @@ def kernels() -> Any:
     return elementwise
 
 
+@cache
+def has_c() -> bool:
+    """Whether the C kernels are there."""
+    return backends.why_not("c") is None
+
+
 def in_c(*xs: Tensor) -> bool:
     """Whether the C kernels take these: no gradient is asked for, nobody traces or compiles."""
     return (
         all(x.dtype == torch.float32 and x.is_cpu and x.numel() > 0 for x in xs)
         and torch_ops_runner.is_plain(*xs)
-        and backends.why_not("c") is None
+        and has_c()
     )
 
 

@@ -234,7 +234,7 @@ class Continual(nn.Module):
         """Fold anew what was written since; writes through `.data` are not seen."""
         if self._tensors is None:
             tensors = (*self.parameters(), *self.buffers())
-            self._tensors = [t for t in tensors if not t.is_inference()]
+            self._tensors = [t for t in tensors if t.is_floating_point() and not t.is_inference()]
         version = sum(map(_VERSION, self._tensors))
         if version != self._version:
             self._version = version

@@ -60,7 +60,7 @@ class Recorded:
     def __init__(self, recorder: Recorder) -> None:
         self._output, self._size = recorder.output, recorder.program.size
         self._keep = recorder.keep, recorder.states
-        self._turned = recorder.turned
+        self._turned, self._weights = recorder.turned, recorder.weights
         self._active = np.zeros(recorder.columns[0].shape[0], np.uint8)
         segments = [part for part in recorder.parts if isinstance(part, Segment)]
         calls = [call for segment in segments for call in segment.calls]
@@ -75,8 +75,10 @@ class Recorded:
         ]
 
     def fits(self, frame: Tensor) -> bool:
-        """Whether the frame's memory is laid out as the recorded one's."""
-        return self._turned == is_turned(frame)
+        """Whether the frame's memory is laid out as the recorded one's; and the weights of linear
+        layers, which nobody follows, are the same tensors."""
+        own = all(module.weight is weight for module, weight in self._weights)
+        return own and self._turned == is_turned(frame)
 
     def _lay_out(self, calls: list[Call]) -> None:
         """One block for what lies between calls, and scratch behind it."""

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastconv import ops, torch_ops, torch_ops_runner
+from fastconv import ops, torch_ops_runner
 from fastconv.plan import CHANNELS_LAST
 
 from . import continual_rules as rules
 from .continual_conv import Convolution
 from .continual_elementwise import REDUCTIONS, Blend, Pool, means_shape, spatial_mean
-from .continual_ops import Delay, Framewise, Op, Retime, State, Window
+from .continual_linear import Linear
+from .continual_ops import Delay, Framewise, Op, Retime, State, Whole, Window
 
 if TYPE_CHECKING:
     from .continual_network import Program
@@ -92,6 +94,7 @@ class Recorder:
         self.columns: dict[int, Tensor] = {i: c for i, c in enumerate(columns) if c is not None}
         self.parts: list[Segment | Step] = []
         self.keep: list[Any] = []
+        self.weights: list[tuple[nn.Module, Tensor]] = []
         self._same: dict[int, int] = {}
         self._spare = -1
         self.columns[0] = frame
@@ -145,6 +148,22 @@ class Recorder:
             reads = {f: self._frame if value == 0 else value for f, value in reads.items()}
         last.calls.append(Call(kind, params, fixed, reads, writes, **more))
 
+    def kernel(
+        self,
+        kind: str,
+        packed: Any,
+        bias: Tensor | None,
+        fixed: dict[str, int],
+        reads: dict[str, int],
+        number: int,
+    ) -> None:
+        """A call of a convolution's kernel."""
+        self.keep += [packed, bias]
+        size = packed.workspace_size()
+        params, weights, _ = packed.constants(ops.workspace(size, torch_ops_runner.FLOAT32))
+        fixed = {"weights": weights, "bias": 0 if bias is None else bias.data_ptr(), **fixed}
+        self.call(kind, params, fixed, reads, {"y": number}, scratch=size)
+
     def same(self, number: int, value: int) -> None:
         """A node whose value is another's."""
         self._same[number] = value
@@ -168,31 +187,24 @@ def _convolution(
     plan = stepper.plan
     if plan.backend != "c" or plan.layout != CHANNELS_LAST:
         return False
-    r.keep += [packed, bias]
     fixed = {"state": state["frames"].data_ptr(), "steps": state["steps"].data_ptr()}
     if not on:
         shape = (*x.shape[:2], *x.shape[3:])
         ring = r.small.ring(shape, op.reach, streams_first=True)
         r.call("RING", ring, fixed, {"x": inputs[0]}, {})
         return True
-    size = packed.workspace_size()
-    c_plan, weights, _ = packed.constants(ops.workspace(size, torch_ops_runner.FLOAT32))
-    fixed |= {"weights": weights, "bias": 0 if bias is None else bias.data_ptr()}
     reads = {"x": inputs[0]}
     if op.epilogue.residual:
         reads["residual"] = inputs[1]
-    r.call("STEP", c_plan, fixed, reads, {"y": number}, scratch=size)
+    r.kernel("STEP", packed, bias, fixed, reads, number)
     return True
 
 
 def _delay(
     r: Recorder, number: int, op: Any, name: str, inputs: Sequence[int], came: bool, on: bool
 ) -> bool:
-    ring = _ring(r, name, inputs[0])
-    if ring is None:
-        return False
     reads, writes = {"x": inputs[0]} if came else {}, {"y": number} if on else {}
-    r.call("RING", ring, _memory(r.state(name)), reads, writes)
+    r.call("RING", _ring(r, name), _memory(r.state(name)), reads, writes)
     return True
 
 
@@ -202,7 +214,7 @@ def _window(
     x, reduce = inputs[0], REDUCTIONS.get(op.reduce)
     shape = tuple(r.columns[x].shape)
     of_each = shape if op.each is None else _small_shape(op.each, shape)
-    if reduce is None or of_each is None or _ring(r, name, None) is None:
+    if reduce is None or of_each is None:
         return False
     if op.each is not None:
         each = r.value(of_each)
@@ -213,7 +225,7 @@ def _window(
         taps = op.reach // op.dilation + 1
         params = r.small.window(of_each, taps, reduce, op.dilation)
         r.call("WINDOW", params, fixed, {"x": x}, {"y": number})
-    r.call("RING", _ring(r, name, None), fixed, {"x": x}, {})
+    r.call("RING", _ring(r, name), fixed, {"x": x}, {})
     return True
 
 
@@ -232,6 +244,12 @@ def _framewise(
         params = r.small.blend(x.shape, function.activation, per_image=function.scaled)
         r.call("BLEND", params, {}, reads, {"y": number})
         return True
+    if isinstance(function, Linear):
+        return _linear(r, number, function, inputs[0])
+    if _only_reshapes(function) and _is_point(shapes[0]) and _is_point(r.columns[number].shape):
+        params = r.small.blend(shapes[0])
+        r.call("BLEND", params, {}, {"x": inputs[0]}, {"y": number})
+        return True
     if function is rules.concatenated:
         channels, at = sum(shape[1] for shape in shapes), 0
         for value, shape in zip(inputs, shapes, strict=True):
@@ -243,6 +261,27 @@ def _framewise(
         return False
     _small(r, function, inputs[0], number)
     return True
+
+
+def _linear(r: Recorder, number: int, function: Linear, x: int) -> bool:
+    if not function.takes(r.columns[x]):
+        return False
+    _, packed, bias = function.packed(r.columns[x])
+    r.weights.append((function.module, function.module.weight))
+    r.kernel("RUN", packed, bias, {}, {"x": x}, number)
+    return True
+
+
+def _only_reshapes(function: Any) -> bool:
+    """Whether a function gives the numbers that it takes, those of one point in their order."""
+    if isinstance(function, partial):
+        return function.func in (rules.as_shape, rules.without)
+    return isinstance(function, (nn.Flatten, nn.Identity, nn.Dropout, *rules.CHANNEL_DROPOUTS))
+
+
+def _is_point(shape: Sequence[int]) -> bool:
+    """Whether a column has channels alone."""
+    return prod(shape) == prod(shape[:2])
 
 
 def _retime(
@@ -258,6 +297,7 @@ _RULES: dict[type[Op], Callable[..., bool]] = {
     Delay: _delay,
     Window: _window,
     Framewise: _framewise,
+    Whole: _framewise,
     Retime: _retime,
 }
 
@@ -292,10 +332,7 @@ def _memory(state: State) -> dict[str, int]:
     return {"state": state["columns"].data_ptr(), "steps": state["steps"].data_ptr()}
 
 
-def _ring(r: Recorder, name: str, value: int | None) -> Any:
-    """The ring of a delay or a window; None if its columns are not dense with channels last."""
-    ring = r.state(name)["columns"]
-    held = torch_ops.dense(ring[0], CHANNELS_LAST).data_ptr() == ring.data_ptr()
-    if not held or ring.stride(0) != ring[0].numel():
-        return None
-    return r.small.ring(tuple(ring.shape[1:]), len(ring))
+def _ring(r: Recorder, name: str) -> Any:
+    """The ring of a delay or a window."""
+    columns = r.state(name)["columns"]
+    return r.small.ring(tuple(columns.shape[1:]), len(columns))
