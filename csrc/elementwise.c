@@ -237,7 +237,7 @@ static void columns_item(void *context, int64_t item, int thread) {
             int64_t entry = (oldest + k * p->dilation) % p->ring;
             vec v = newest;
             if (k < p->taps - 1)
-                v = vload_n(j->ring + entry * p->streams * p->floats + row + i, count);
+                v = vload_n(j->ring + entry * p->entry_stride + row + i, count);
             if (!k) sum = v;
             else if (p->reduce != FC_WINDOW_MAX) sum += v;
             else sum = vselect(v == v, vmax(sum, v), v);

@@ -39,6 +39,7 @@ void fc_run_ring(const fc_ring *p, intptr_t x, intptr_t ring, intptr_t steps, in
 }
 
 static void play_one(const fc_call *c, intptr_t active, int threads) {
+    if (active) active += c->stream;
     switch (c->kind) {
     case FC_CALL_STEP:
         fc_step(c->params, c->x, c->weights, c->bias, c->residual, c->state, c->steps, 1, c->y,

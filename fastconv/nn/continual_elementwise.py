@@ -168,7 +168,7 @@ def _reduced(reduce: str, otherwise: Callable[[Tensor], Tensor], stack: Tensor) 
     small, stack = kernels(), stack.contiguous()
     *kept, newest = stack.unbind()
     y, steps = torch.empty_like(newest), torch.zeros(stack.shape[1], dtype=torch.int64)
-    params = small.window(newest.shape, len(stack), reduce)
+    params = small.window(newest.shape, len(kept), reduce)
     small.lib.fc_run_window(
         params, newest.data_ptr(), kept[0].data_ptr(), steps.data_ptr(), y.data_ptr(),
         torch.get_num_threads(),

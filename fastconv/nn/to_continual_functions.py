@@ -354,9 +354,11 @@ def reduced(
     name = _plain(node)
     over = {"mean": mean, "sum": summed, "amax": largest}[name]
     spatial = tuple(a for a in axes if a != x.time)
-    each = partial(getattr(torch, name), dim=spatial, keepdim=True) if spatial else None
-    if name == "mean" and x.time == 2 and spatial == tuple(range(3, x.dims)) and spatial:
-        each = spatial_mean
+    each: Callable[[Tensor], Tensor] | None = None
+    if spatial:
+        each = partial(getattr(torch, name), dim=spatial, keepdim=True)
+        if name == "mean" and x.time == 2 and spatial == tuple(range(3, x.dims)):
+            each = spatial_mean
     graph, value = converter.graph, x.value
     if x.time is not None and x.time in axes:
         gate = converter.is_gate(node)
