@@ -100,9 +100,15 @@ typedef struct {
     void *body_context;
 } team;
 static _Thread_local team *led = NULL; /* by this thread, while no loop runs */
-enum { SPINS = 1000 };                 /* before a helper lets others have its core */
+enum { SPINS = 1000 };                 /* some tens of microseconds */
 
 int fc_is_awake(void) { return led != NULL; }
+
+/* Look again, `spins` times in vain so far: others have the core after a while. */
+static void wait_a_little(int64_t *spins) {
+    if (++*spins < SPINS) fc_pause();
+    else sched_yield();
+}
 
 static void take_items(team *t, int thread) {
     for (int64_t i; (i = __atomic_fetch_add(&t->next, 1, __ATOMIC_RELAXED)) < t->items;)
@@ -119,7 +125,7 @@ static void lead(team *t, int threads, int64_t items, fc_item item, void *contex
     __atomic_store_n(&t->open, ++t->loops, __ATOMIC_SEQ_CST);
     take_items(t, 0);
     __atomic_store_n(&t->open, 0, __ATOMIC_SEQ_CST);
-    while (__atomic_load_n(&t->inside, __ATOMIC_SEQ_CST)) fc_pause();
+    for (int64_t spins = 0; __atomic_load_n(&t->inside, __ATOMIC_SEQ_CST);) wait_a_little(&spins);
     led = t;
 }
 
@@ -128,8 +134,7 @@ static void help(team *t, int thread) {
     while (!__atomic_load_n(&t->over, __ATOMIC_ACQUIRE)) {
         int64_t open = __atomic_load_n(&t->open, __ATOMIC_ACQUIRE);
         if (!open || open == done) {
-            if (++spins < SPINS) fc_pause();
-            else sched_yield();
+            wait_a_little(&spins);
             continue;
         }
         /* Once inside, the loop that is open stays: see the order in `lead`. */

@@ -21,6 +21,7 @@ from fastconv.nn import (  # noqa: E402
     Residual,
     Sequential,
     SqueezeExcite,
+    continual_record,
 )
 from fastconv.nn.continual_play import Player  # noqa: E402
 from test_nn_continual import block, noise, same, seeded, states, with_statistics  # noqa: E402
@@ -199,6 +200,20 @@ def test_looking_ahead_changes_nothing(name):
     for frame in frames:
         ahead = module.forward_step(frame, update_state=False)
         assert torch.equal(agree(module, ordinary, frame).output, ahead.output)
+
+
+@networks
+@pytest.mark.parametrize("near", [1, 1 << 12])
+def test_few_streams_at_a_time(name, near, monkeypatch):
+    """Through some layers one by one, or a few; with one that stalls."""
+    monkeypatch.setattr(continual_record, "NEAR_BYTES", near)
+    module, ordinary, frames = made(name, 5)
+    for t, frame in enumerate(frames):
+        agree(module, ordinary, frame, [True, True, True, t % 5 != 4, True])
+    assert same(states(module), states(ordinary))
+    for found in recordings(module):
+        streams = {call.stream for p in found._parts if isinstance(p, Player) for call in p.calls}
+        assert near > 1 or streams == set(range(5))
 
 
 def test_a_refused_frame_changes_nothing():
