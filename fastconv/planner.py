@@ -64,7 +64,8 @@ def plan(
     algorithm  'auto', 'direct' (no fast algorithm), or a family: 'winograd', 'depthwise', 'grouped'
     backend    'auto' or a name from `fastconv.backends.BACKENDS`
     tolerance  largest error allowed, as a multiple of that of a direct sum in the same precision
-    tile       m per axis for winograd (and hfa: time, height, width); None lets the planner choose
+    tile       m per axis for winograd (and hfa: time, height, width); None lets the planner choose.
+               The first is 1 for a stream
     continual  the geometry is the window of one output column of a stream
     max_workspace_bytes  most scratch memory that our kernels may ask for; PyTorch's own convolution
                allocates what it likes
@@ -141,7 +142,7 @@ def priced(request: Request) -> list[Candidate]:
             if reason is not None:
                 found.append(Candidate(base, reason=reason))
                 continue
-            variants = [_priced(p, request) for p in _variants(base, request.tile)]
+            variants = [_priced(p, request) for p in _variants(base, request)]
             reason = "has no tiles" if name == "torch" else "no tile fits taps and output"
             found.extend(variants or [Candidate(base, reason=reason)])
     return sorted(found, key=_rank)
@@ -239,9 +240,10 @@ def _families(geometry: Geometry | SeparableGeometry, algorithm: str, continual:
     return [algorithm]
 
 
-def _variants(base: Plan, tile: tuple[int, ...] | None) -> Iterator[Plan]:
+def _variants(base: Plan, request: Request) -> Iterator[Plan]:
     """The plan once per choice of transforms; as it is for direct families."""
-    if base.family == "winograd":
+    tile = request.tile
+    if base.family in ("winograd", "continual"):
         assert isinstance(base.geometry, Geometry)
         taps = [-(-k // s) for k, s in zip(base.geometry.kernel, base.geometry.stride, strict=True)]
         sizes = base.geometry.out_size
@@ -254,6 +256,13 @@ def _variants(base: Plan, tile: tuple[int, ...] | None) -> Iterator[Plan]:
     else:
         yield base
         return
+    if base.family == "continual":
+        if request.algorithm != "winograd":
+            yield base
+        # Who says which transforms it refuses takes some.
+        takes = hasattr(backends.kernel(base.family, base.backend), "refuses")
+        if not takes or request.algorithm not in ("auto", "winograd") or base.geometry.groups > 1:
+            return
     if base.backend == "torch":  # which has no transforms: the block is three convolutions
         choices = [(1,) * len(taps)] if tile is None or max(tile) == 1 else []
     else:
@@ -265,8 +274,8 @@ def _variants(base: Plan, tile: tuple[int, ...] | None) -> Iterator[Plan]:
 
 
 def _tiles(family: str, taps: list[int], sizes: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """Tile sizes worth a price: 1 on axes of one tap, below twice the output, square in space, and
-    for winograd not all 1.
+    """Tile sizes worth a price: 1 on axes of one tap and in the time of streams, below twice the
+    output, square in space, and but for hfa not all 1.
     """
     options: list[tuple[int, ...]] = []
     for r, size in zip(taps, sizes, strict=True):
@@ -275,6 +284,8 @@ def _tiles(family: str, taps: list[int], sizes: tuple[int, ...]) -> Iterator[tup
     if family == "hfa":
         # Depthwise is a small share of a block's multiplications; direct costs least memory.
         options = [options[0], (1,), (1,)]
+    elif family == "continual":
+        options[0] = (1,)
     square = len(taps) > 1 and taps[-1] == taps[-2]
     for ms in product(*options):
         if square and ms[-1] != ms[-2]:
@@ -322,7 +333,8 @@ def error_factor(p: Plan) -> float:
     A running sum of n random products has relative error d sqrt(n / 2), d the rounding unit.
     Winograd sums only C products per point, rounds both operands and its transforms (about 4 units
     of variance together), and amplifies all of it by the factor of its transforms. Transformed axes
-    therefore shorten the sum that they amplify.
+    therefore shorten the sum that they amplify; where m is 1 the C backend sums the taps with the
+    channels.
 
     Where operands are shorter than the float32 of the sums, their roundings are all that counts:
     two under TF32, as in a direct sum; in half precision those of both transformed operands and of
@@ -336,5 +348,7 @@ def error_factor(p: Plan) -> float:
         return amplification(p.transforms)
     first = p.geometry.temporal if isinstance(p.geometry, SeparableGeometry) else p.geometry
     channels = first.in_channels * prod(first.stride)
+    if p.backend == "c" and p.family != "hfa":
+        channels *= prod(t.r for t in p.transforms if t.m == 1)
     direct = first.in_channels * first.taps / 2 + 1
     return amplification(p.transforms) * sqrt((channels / 2 + 4) / direct)

@@ -231,6 +231,7 @@ class Convolution(Op):
             activation=self.epilogue.activation,
             residual=residual,
             active=None if came is True else torch.from_numpy(came),
+            algorithm="direct",
             backend=self.backend,
         )
         if update:
@@ -241,6 +242,14 @@ class Convolution(Op):
     def _convolve(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """A clip without temporal padding, on the backend of the steps."""
         m, (w, b) = self.module, self.weights()
+        plan = self._plan(x.select(2, 0))
+        differentiable = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
+        if plan.transforms and not differentiable:
+            geometry = Geometry.of(
+                x.shape, w.shape, m.stride, ((0, 0), *self.padding[1:]), m.dilation, m.groups
+            )
+            clip = replace(plan, family="winograd", geometry=geometry, config=())
+            return torch_ops.execute(clip, x, torch_ops.packed_weights(clip, w), b, residual)
         return _FUNCTIONS[len(m.kernel_size)](
             x,
             w,
@@ -252,7 +261,7 @@ class Convolution(Op):
             activation=self.epilogue.activation,
             residual=residual,
             algorithm="direct",
-            backend=self._plan(x.select(2, 0)).backend,
+            backend=plan.backend,
         )
 
     def clip(self, xs: Sequence[Columns], first: int, end: int) -> list[Tensor]:
