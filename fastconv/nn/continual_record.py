@@ -241,6 +241,7 @@ class Recorder:
         fixed: dict[str, int] | None = None,
     ) -> None:
         """A call of a convolution's kernel."""
+        bias = None if bias is None else bias.contiguous()
         self.keep += [packed, bias]
         size = packed.workspace_size()
         params, weights, _ = packed.constants(ops.workspace(size, torch_ops_runner.FLOAT32))
