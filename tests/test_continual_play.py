@@ -334,6 +334,20 @@ def test_training_in_between():
         agree(module, ordinary, frame)
 
 
+@networks
+@pytest.mark.parametrize("played", [True, False])
+def test_memory_is_found_by_the_state_alone(name, played):
+    """Numbers of the host say which columns there are, never where they are kept: what records a
+    step, a CUDA graph too, may repeat it."""
+    module, ordinary, frames = made(name, frames=36)
+    if not played:
+        module._recording = ordinary._recording
+    for t, frame in enumerate(frames):
+        if t == 32:  # behind everybody's warm-up
+            module._seen += 1001 * module.rate
+        agree(module, ordinary, frame)
+
+
 def test_another_start():
     module, ordinary, frames = made("excited")
     for one in (module, ordinary):

@@ -101,7 +101,7 @@ class Recorder:
         self.small, self.launch = elementwise, launch
         self.program, self.states, self.ons = program, states, ons
         self.columns: dict[int, Tensor] = {i: c for i, c in enumerate(columns) if c is not None}
-        self.columns[0] = frame
+        self.columns[0] = frame.new_empty(1).expand(frame.shape)
         self.slots, self.turned = frame.shape[0], is_turned(frame)
         self.parts: list[Segment | Step] = []
         self.keep: list[Any] = []
