@@ -240,6 +240,28 @@ def test_weights_are_followed():
         agree(module, ordinary, frame)
 
 
+def test_dropout_by_hand():
+    """A part in training mode inside of a network in eval mode."""
+    module, ordinary, frames = made("excited")
+    for frame in frames:
+        agree(module, ordinary, frame)
+    module.get_submodule("5").p = 1.0
+    module.get_submodule("5").train()
+    bias = module.get_submodule("6").bias
+    assert torch.equal(module.forward_step(frames[0]).output, bias.expand(2, 5))
+
+
+def test_heads_without_channels():
+    """What comes out has one axis."""
+    ends = [GlobalPool(2), nn.Flatten(0), nn.Sigmoid()]
+    module = seeded(Sequential, nn.Conv1d(4, 1, 3), *ends)
+    ordinary = copy.deepcopy(module)
+    ordinary._recording = lambda *_: None
+    for frame in noise(9, 1, 4):
+        agree(module, ordinary, frame)
+    assert recordings(module)
+
+
 def test_weights_change_what_a_step_brings():
     module, _, frames = made("excited")
     for frame in frames:

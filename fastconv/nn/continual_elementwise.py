@@ -94,9 +94,9 @@ class Blend:
         if scale is not None and x.shape == means_shape(scale.shape):
             x, scale = scale, x
         residual = rest.pop(0) if self.added else None
-        if scale is not None and scale.shape != means_shape(x.shape):
-            return None
-        return None if residual is not None and residual.shape != x.shape else (x, scale, residual)
+        fits = len(x.shape) > 1 and (scale is None or scale.shape == means_shape(x.shape))
+        fits = fits and (residual is None or residual.shape == x.shape)
+        return (x, scale, residual) if fits else None
 
     def __call__(self, *xs: Tensor) -> Tensor:
         parts = self.parts(*xs) if in_c(*xs) else None
@@ -138,7 +138,8 @@ class Pool:
             return None
         n, c, *size = shape
         pairs = tuple((p, p) for p in self.padding)
-        return Geometry(n, c, c, c, tuple(size), self.kernel, self.stride, pairs, self.dilation)
+        g = Geometry(n, c, c, c, tuple(size), self.kernel, self.stride, pairs, self.dilation)
+        return g if min(g.out_size) > 0 else None
 
     def __call__(self, x: Tensor) -> Tensor:
         geometry = self.geometry(x.shape) if in_c(x) else None

@@ -193,9 +193,10 @@ def ring_of(count: int, like: Tensor, blank: float = 0.0) -> State:
     columns  (count, N, C, ...), channels last: that of number t is in entry t mod count
     steps    (1, N): columns that each slot had
     """
-    n, c, *size = like.shape
-    columns = like.new_full((count, n, *size, c), blank).movedim(-1, 2)
-    return {"columns": columns, "steps": like.new_zeros((1, n), dtype=torch.int64)}
+    shape, slots = like.shape, len(like)
+    columns = like.new_full((count, slots, *shape[2:], *shape[1:2]), blank)
+    columns = columns.movedim(-1, 2) if like.dim() > 2 else columns
+    return {"columns": columns, "steps": like.new_zeros((1, slots), dtype=torch.int64)}
 
 
 def empty(state: State, slots: Tensor | None = None, blank: float = 0.0) -> None:

@@ -59,7 +59,7 @@ class Recorded:
     def __init__(self, recorder: Recorder) -> None:
         self._output, self._size = recorder.output, recorder.program.size
         self._keep: list[Any] = [recorder.keep, recorder.states]
-        self._turned, self._weights = recorder.turned, recorder.weights
+        self._turned, self._guards = recorder.turned, recorder.guards
         self._active = np.zeros(recorder.columns[0].shape[0], np.uint8)
         segments = [part for part in recorder.parts if isinstance(part, Segment)]
         calls = [call for segment in segments for call in segment.calls]
@@ -74,10 +74,8 @@ class Recorded:
         ]
 
     def fits(self, frame: Tensor) -> bool:
-        """Whether the frame's memory is laid out as the recorded one's; and the weights of linear
-        layers, which nobody follows, are the same tensors."""
-        own = all(module.weight is weight for module, weight in self._weights)
-        return own and self._turned == is_turned(frame)
+        """Whether the step for a frame (N, C, 1, *size) is the recorded one."""
+        return self._turned == is_turned(frame) and all(guard() for guard in self._guards)
 
     def _lay_out(self, calls: list[Call]) -> None:
         """One block for what lies between calls, and scratch behind it."""

@@ -105,7 +105,7 @@ class Recorder:
         self.slots, self.turned = frame.shape[0], is_turned(frame)
         self.parts: list[Segment | Step] = []
         self.keep: list[Any] = []
-        self.weights: list[tuple[nn.Module, Tensor]] = []
+        self.guards: list[Callable[[], bool]] = []  # what has to stay true, and nobody follows
 
     def record(self) -> bool:
         """Find the calls; whether there are any."""
@@ -166,7 +166,8 @@ class Recorder:
         for step in steps:
             rule = _RULES.get(type(step.op))
             values = [*step.inputs, *([step.number] if step.on else ())]
-            plain = all(self.columns[i].dtype == torch.float32 for i in values)
+            examples = [self.columns[i] for i in values]
+            plain = all(x.dtype == torch.float32 and x.dim() > 1 for x in examples)
             if not plain or rule is None or not rule(self, step):
                 self.parts.append(step)
 
@@ -287,13 +288,14 @@ def _window(r: Recorder, step: Step) -> bool:
     op: Any = step.op
     shape, x = r.shape(step.inputs[0]), r.place(step.inputs[0])
     reduce = REDUCTIONS.get(op.reduce)
-    of_each = shape if op.each is None else _small_shape(op.each, shape)
+    each = None if op.each is spatial_mean and len(shape) == 3 else op.each
+    of_each = shape if each is None else _small_shape(each, shape)
     if reduce is None or of_each is None:
         return False
-    if op.each is not None:
-        each = r.spare(of_each)
-        _small(r, op.each, shape, x, each)
-        x = each
+    if each is not None:
+        place = r.spare(of_each)
+        _small(r, each, shape, x, place)
+        x = place
     if step.on:
         params = r.small.window(of_each, op.reach, reduce, op.dilation, slots=r.slots)
         r.call("WINDOW", params, {"x": x}, r.place(step.number), r.state(step))
@@ -323,7 +325,7 @@ def _framewise(r: Recorder, step: Step) -> bool:
             params = r.small.blend(r.shape(x), y_step=channels)
             r.call("BLEND", params, {"x": r.place(x)}, (value, at))
             at += 4 * r.shape(x)[1]
-    elif _only_reshapes(function) and _is_point(shape) and _is_point(r.shape(y)):
+    elif _is_point(shape) and _is_point(r.shape(y)) and _only_reshapes(r, function, shape):
         r.call("BLEND", r.small.blend(shape), {"x": r.place(x)}, r.place(y))
     elif _small_shape(function, shape) is not None:
         _small(r, function, shape, r.place(x), r.place(y))
@@ -348,16 +350,20 @@ def _linear(r: Recorder, step: Step, function: Linear) -> bool:
     if not function.takes(r.example(x)):
         return False
     _, packed, bias = function.packed(r.example(x))
-    r.weights.append((function.module, function.module.weight))
+    weight = function.module.weight
+    r.guards.append(lambda: function.module.weight is weight)
     r.kernel("RUN", packed, bias, {"x": r.place(x)}, r.place(step.number))
     return True
 
 
-def _only_reshapes(function: Any) -> bool:
+def _only_reshapes(r: Recorder, function: Any, shape: Shape) -> bool:
     """Whether a function gives the numbers that it takes, those of one point in their order."""
     if isinstance(function, partial):
         return function.func in (rules.as_shape, rules.without)
-    return isinstance(function, (nn.Flatten, nn.Identity, nn.Dropout, *rules.CHANNEL_DROPOUTS))
+    if type(function) in (nn.Dropout, *rules.CHANNEL_DROPOUTS) and not function.training:
+        r.guards.append(lambda: not function.training)
+        return True
+    return type(function) is nn.Flatten or (function is spatial_mean and len(shape) == 3)
 
 
 def _is_point(shape: Sequence[int]) -> bool:
