@@ -33,7 +33,8 @@ C_FORMS = ("products", "strips")
 def use_c_form(monkeypatch, name: str) -> None:
     """The C backend takes one form, by the module of its cut, for every geometry."""
     form = importlib.import_module(f"fastconv.c_kernels.{name}")
-    monkeypatch.setattr(kernel("grouped", "c"), "_cut", form.cut)
+    cut = lambda geometry, lanes, clip=None: form.cut(geometry, lanes)  # noqa: E731
+    monkeypatch.setattr(kernel("grouped", "c"), "_cut", cut)
 
 
 def use_c_threads(monkeypatch, count: int) -> None:
