@@ -58,7 +58,7 @@ def mobilenet_v2(*, width: float = 1.0, num_classes: int = 1000, seed: int = 0) 
 
 
 def images(width: float, num_classes: int, block: Block | None = None) -> Network:
-    """The 2D MobileNetV2 with its own weights not drawn, around other blocks where given."""
+    """The 2D MobileNetV2 before its weights are seeded; `block` makes other blocks than its own."""
     rounded = partial(_multiple_of_8, width=width)
     return Network(*_v2(rounded, num_classes, 2, block or Inverted))
 
