@@ -29,20 +29,25 @@ static void ring_item(void *context, int64_t item, int thread) {
 
 void fc_run_ring(const fc_ring *p, intptr_t x, intptr_t ring, intptr_t steps, intptr_t y,
                  intptr_t active, int threads) {
-    int64_t *seen = (int64_t *)steps;
-    ring_job j = {p,    (const float *)x,          (float *)ring, (float *)y,
-                  seen, (const uint8_t *)active, fc_max(1, p->floats / RING_FLOATS)};
-    int few = p->streams * p->floats < 2 * RING_FLOATS;
+    int64_t *seen = (int64_t *)steps, least = fc_least_work(RING_FLOATS);
+    ring_job j = {p,    (const float *)x,        (float *)ring, (float *)y,
+                  seen, (const uint8_t *)active, fc_max(1, p->floats / least)};
+    int few = p->streams * p->floats < 2 * least;
     if (p->ring && p->floats)
         fc_parallel_for(few ? 1 : threads, p->streams * j.pieces, ring_item, &j);
     for (int64_t n = 0; x && n < p->streams; n++) seen[n] += !j.active || j.active[n];
 }
 
 static void play_one(const fc_call *c, intptr_t active, int threads) {
+    if (active) active += c->stream;
     switch (c->kind) {
     case FC_CALL_STEP:
         fc_step(c->params, c->x, c->weights, c->bias, c->residual, c->state, c->steps, 1, c->y,
                 c->workspace, active, 1, threads);
+        break;
+    case FC_CALL_RUN:
+        fc_run(c->params, c->x, c->weights, c->bias, 0, 0, c->residual, c->y, c->workspace,
+               threads);
         break;
     case FC_CALL_BLEND:
         fc_run_blend(c->params, c->x, c->weights, c->bias, c->residual, c->y, threads);

@@ -13,11 +13,13 @@ void fc_run_ring(const fc_ring *p, intptr_t x, intptr_t ring, intptr_t steps, in
                  intptr_t active, int threads);
 
 /* One call: params and addresses are those of the function, weights and bias also the scale and
-   shift of a blend, state the ring of a window or a ring. */
-enum { FC_CALL_STEP, FC_CALL_BLEND, FC_CALL_MEANS, FC_CALL_POOL, FC_CALL_TURN, FC_CALL_WINDOW,
+   shift of a blend, state the ring of a window or a ring. The first of its streams is number
+   `stream`. */
+enum { FC_CALL_STEP, FC_CALL_RUN, FC_CALL_BLEND, FC_CALL_MEANS, FC_CALL_POOL, FC_CALL_TURN, FC_CALL_WINDOW,
        FC_CALL_RING };
 typedef struct {
     int32_t kind;
+    int64_t stream;
     const void *params;
     intptr_t x, weights, bias, residual, state, steps, y, workspace;
 } fc_call;

@@ -15,7 +15,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import fastconv  # noqa: E402  (after the skip)
-from fastconv import backends, zoo  # noqa: E402
+from fastconv import backends  # noqa: E402
 from fastconv.errors import UnsupportedError  # noqa: E402
 from fastconv.nn.graph_forward import forwards  # noqa: E402
 from models import close, leaves, randomized, run  # noqa: E402
@@ -641,29 +641,3 @@ def test_times_are_measured_when_asked_for():
     assert all(layer.ms is not None and layer.ms > 0 for layer in report.layers)
     assert str(report).splitlines()[0].endswith("ms")
     assert fastconv.accelerate(model, x)[1].layers[0].ms is None
-
-
-# What each network is given: few frames and pixels, enough for its poolings.
-
-
-def small(network) -> tuple[int, ...]:
-    channels, *size = network.input_shape
-    if len(size) == 2:
-        return (1, channels, 64, 64)
-    return (1, channels, min(size[0], 16), 64 if min(size[1:]) > 64 else size[1], 64)
-
-
-FAMILIES = sorted({network.family: network.name for network in zoo.NETWORKS.values()}.values())
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_the_zoo(name):
-    network = zoo.NETWORKS[name]
-    shape = small(network)
-    options = {"clip": shape[2:]} if network.family == "c3d" else {}
-    model = zoo.build(name, num_classes=11, **options).eval()
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    new, report = fastconv.accelerate(model, x, check=False)  # float64 takes PyTorch long
-    assert report.traced
-    assert report.stays == ()
-    close(run(new, x), run(model, x))

@@ -10,7 +10,6 @@ torch = pytest.importorskip("torch")
 from torch.nn.utils import parametrizations, prune  # noqa: E402
 
 import fastconv  # noqa: E402  (after the skip)
-from fastconv import zoo  # noqa: E402
 from fastconv.errors import GeometryError, UnsupportedError  # noqa: E402
 from fastconv.plan import CHANNELS_LAST  # noqa: E402
 
@@ -247,18 +246,6 @@ def test_accelerate_a_model_nobody_here_wrote(view):
     assert reasons == {"up": "transposed convolution"}
     assert [layer.name for layer in report.layers] == ["first", "own", "up", "shared", "shared"]
     assert "4 of 5 convolutions replaced" in str(report)
-
-
-@pytest.mark.parametrize(("name", "size"), [("x3d_xs", (4, 64, 64)), ("c3d", (16, 32, 32))])
-def test_accelerate_the_zoo(name, size):
-    options = {"clip": size, "num_classes": 11} if name == "c3d" else {}
-    model = zoo.build(name, **options).eval()
-    x = torch.randn(1, 3, *size)
-    new, report = fastconv.accelerate(model, x)
-    assert all(layer.plan is not None for layer in report.layers)
-    assert report.error <= report.allowed
-    with torch.no_grad():
-        assert torch.equal(new(x), new(x))
 
 
 def test_accelerate_refuses_training_mode():

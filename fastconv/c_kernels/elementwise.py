@@ -69,27 +69,33 @@ def turn(images: int, rows: int, columns: int) -> Any:
     return ffi.new("fc_turn *", _common(images=images, rows=rows, columns=columns))
 
 
-def window(shape: tuple[int, ...], taps: int, reduce: str, dilation: int = 1) -> Any:
-    """Columns x of this shape (N, C, *size), over the newest and `taps - 1` before it."""
+def window(
+    shape: tuple[int, ...], reach: int, reduce: str, dilation: int = 1, slots: int = 0
+) -> Any:
+    """Columns x of this shape (N, C, *size) with the kept ones that are `dilation`, twice that, ...
+    `reach` columns old, in a ring of `reach` entries as below."""
+    floats = prod(shape[1:])
     fields = _common(
         reduce=REDUCTIONS.index(reduce),
         streams=shape[0],
-        floats=prod(shape[1:]),
-        taps=taps,
+        floats=floats,
+        taps=reach // dilation + 1,
         dilation=dilation,
-        ring=dilation * (taps - 1),
+        ring=reach,
+        entry_stride=(slots or shape[0]) * floats,
     )
     return ffi.new("fc_window *", fields)
 
 
-def ring(shape: tuple[int, ...], entries: int, *, streams_first: bool = False) -> Any:
-    """A ring of columns of this shape (N, C, *size): (entries, N, ...), or (N, entries, ...)."""
+def ring(shape: tuple[int, ...], entries: int, slots: int = 0) -> Any:
+    """Some streams, of columns of this shape (N, C, *size), of a ring (entries, slots, ...); slots
+    0: of one (N, entries, ...)."""
     floats = prod(shape[1:])
     fields = {
         "streams": shape[0],
         "ring": entries,
         "floats": floats,
-        "stream_stride": entries * floats if streams_first else floats,
-        "entry_stride": floats if streams_first else shape[0] * floats,
+        "stream_stride": floats if slots else entries * floats,
+        "entry_stride": slots * floats if slots else floats,
     }
     return ffi.new("fc_ring *", fields)

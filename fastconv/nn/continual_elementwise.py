@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -30,12 +30,18 @@ def kernels() -> Any:
     return elementwise
 
 
+@cache
+def has_c() -> bool:
+    """Whether the C kernels are there."""
+    return backends.why_not("c") is None
+
+
 def in_c(*xs: Tensor) -> bool:
     """Whether the C kernels take these: no gradient is asked for, nobody traces or compiles."""
     return (
         all(x.dtype == torch.float32 and x.is_cpu and x.numel() > 0 for x in xs)
         and torch_ops_runner.is_plain(*xs)
-        and backends.why_not("c") is None
+        and has_c()
     )
 
 
@@ -88,9 +94,9 @@ class Blend:
         if scale is not None and x.shape == means_shape(scale.shape):
             x, scale = scale, x
         residual = rest.pop(0) if self.added else None
-        if scale is not None and scale.shape != means_shape(x.shape):
-            return None
-        return None if residual is not None and residual.shape != x.shape else (x, scale, residual)
+        fits = len(x.shape) > 1 and (scale is None or scale.shape == means_shape(x.shape))
+        fits = fits and (residual is None or residual.shape == x.shape)
+        return (x, scale, residual) if fits else None
 
     def __call__(self, *xs: Tensor) -> Tensor:
         parts = self.parts(*xs) if in_c(*xs) else None
@@ -132,7 +138,8 @@ class Pool:
             return None
         n, c, *size = shape
         pairs = tuple((p, p) for p in self.padding)
-        return Geometry(n, c, c, c, tuple(size), self.kernel, self.stride, pairs, self.dilation)
+        g = Geometry(n, c, c, c, tuple(size), self.kernel, self.stride, pairs, self.dilation)
+        return g if min(g.out_size) > 0 else None
 
     def __call__(self, x: Tensor) -> Tensor:
         geometry = self.geometry(x.shape) if in_c(x) else None
@@ -162,7 +169,7 @@ def _reduced(reduce: str, otherwise: Callable[[Tensor], Tensor], stack: Tensor) 
     small, stack = kernels(), stack.contiguous()
     *kept, newest = stack.unbind()
     y, steps = torch.empty_like(newest), torch.zeros(stack.shape[1], dtype=torch.int64)
-    params = small.window(newest.shape, len(stack), reduce)
+    params = small.window(newest.shape, len(kept), reduce)
     small.lib.fc_run_window(
         params, newest.data_ptr(), kept[0].data_ptr(), steps.data_ptr(), y.data_ptr(),
         torch.get_num_threads(),

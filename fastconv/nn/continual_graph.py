@@ -13,6 +13,7 @@ from fastconv.errors import UnsupportedError
 from .continual_clock import STARTS, Clock, joined, waiting
 from .continual_conv import Convolution, Convolutions
 from .continual_elementwise import Blend
+from .continual_linear import Linear
 from .continual_ops import Delay, Framewise, Op, Recurrent, Retime, Whole, Window
 
 FORMS = ("ring", "sum", "auto")
@@ -239,6 +240,9 @@ def fused(graph: Graph) -> list[Node | None]:
             nodes[gone] = None
         nodes[place] = replace(graph.nodes[place], name=node.name, op=op, inputs=inputs, kind="")
     for number, last in enumerate(nodes):
+        if last is not None and type(last.op) is Framewise and type(last.op.function) is nn.Linear:
+            nodes[number] = replace(last, op=Framewise(Linear(last.op.function)))
+            continue
         if last is None or last.kind not in ("scale", "add", *ACTIVATIONS.values()):
             continue
         activation, place = last.kind, number

@@ -154,7 +154,8 @@ class Continual(nn.Module):
 
     frame (N, C, *size), clip (N, C, T, *size); N are slots, independent streams. `forward` takes a
     clip and keeps nothing; `forward_step` and `forward_steps` keep what the next frame needs. The
-    state lives in `start`ed slots, not in the state dict.
+    state lives in `start`ed slots, not in the state dict. Behind the warm-up, in eval mode and
+    float32 on a CPU, a step is recorded once and played from then on, with the same bits.
     """
 
     _graph: Graph | None
@@ -234,7 +235,7 @@ class Continual(nn.Module):
         """Fold anew what was written since; writes through `.data` are not seen."""
         if self._tensors is None:
             tensors = (*self.parameters(), *self.buffers())
-            self._tensors = [t for t in tensors if not t.is_inference()]
+            self._tensors = [t for t in tensors if t.is_floating_point() and not t.is_inference()]
         version = sum(map(_VERSION, self._tensors))
         if version != self._version:
             self._version = version

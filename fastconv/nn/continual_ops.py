@@ -71,14 +71,6 @@ def rows(on: On) -> Tensor:
     return torch.from_numpy(np.flatnonzero(on))
 
 
-def stacked(count: int, like: Tensor, fill: float = 0.0) -> Tensor:
-    """(count, *like.shape), every entry in the memory layout of `like`."""
-    strides = like.stride()
-    order = sorted(range(like.dim()), key=lambda i: -strides[i])
-    memory = like.new_full((count, *(like.shape[i] for i in order)), fill)
-    return memory.permute(0, *(1 + order.index(i) for i in range(like.dim())))
-
-
 class Op:
     """An operation on columns. Operations own no state: it is handed to them.
 
@@ -198,11 +190,13 @@ class Delay(Op):
 def ring_of(count: int, like: Tensor, blank: float = 0.0) -> State:
     """The last `count` columns of every slot.
 
-    columns  (count, N, ...): that of number t is in entry t mod count
+    columns  (count, N, C, ...), channels last: that of number t is in entry t mod count
     steps    (1, N): columns that each slot had
     """
-    steps = torch.zeros((1, like.shape[0]), dtype=torch.int64, device=like.device)
-    return {"columns": stacked(count, like, blank), "steps": steps}
+    shape, slots = like.shape, len(like)
+    columns = like.new_full((count, slots, *shape[2:], *shape[1:2]), blank)
+    columns = columns.movedim(-1, 2) if like.dim() > 2 else columns
+    return {"columns": columns, "steps": like.new_zeros((1, slots), dtype=torch.int64)}
 
 
 def empty(state: State, slots: Tensor | None = None, blank: float = 0.0) -> None:

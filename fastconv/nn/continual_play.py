@@ -25,14 +25,13 @@ class Player:
     """Calls of C between two steps of Python.
 
     reads  values that come from outside, in the layout that is wanted, and the fields that take
-           their addresses
-    makes  values that leave, tensors of their own in every run: shape, strides, and the fields
-           with bytes behind the beginning
+           their addresses, with bytes behind the beginning
+    makes  values that leave, tensors of their own in every run: shape, strides, fields
     """
 
     def __init__(self, calls: Any, threads: int, play: Any) -> None:
         self.calls, self._count, self._threads, self._play = calls, len(calls), threads, play
-        self.reads: dict[tuple[int, str], list[tuple[Any, str]]] = {}
+        self.reads: dict[tuple[int, str], list[tuple[Any, str, int]]] = {}
         self.makes: dict[int, tuple[Shape, Shape, list[tuple[Any, str, int]]]] = {}
 
     def __call__(self, env: list[Any], active: int) -> None:
@@ -41,8 +40,8 @@ class Player:
             x = torch_ops.dense(env[value], layout)
             held.append(x)
             at = x.data_ptr()
-            for call, name in targets:
-                setattr(call, name, at)
+            for call, name, behind in targets:
+                setattr(call, name, at + behind)
         for value, (shape, strides, places) in self.makes.items():
             y = env[value] = torch.empty_strided(shape, strides)
             at = y.data_ptr()
@@ -59,12 +58,12 @@ class Recorded:
 
     def __init__(self, recorder: Recorder) -> None:
         self._output, self._size = recorder.output, recorder.program.size
-        self._keep = recorder.keep, recorder.states
-        self._turned = recorder.turned
+        self._keep: list[Any] = [recorder.keep, recorder.states]
+        self._turned, self._guards = recorder.turned, recorder.guards
         self._active = np.zeros(recorder.columns[0].shape[0], np.uint8)
         segments = [part for part in recorder.parts if isinstance(part, Segment)]
         calls = [call for segment in segments for call in segment.calls]
-        self._made = {value for call in calls for value in call.writes.values()}
+        self._made = {call.y[0] for call in calls if call.y is not None}
         seen = {i for part in recorder.parts if not isinstance(part, Segment) for i in part.inputs}
         self._leaves = self._made & (seen | {recorder.output})
         self._columns = recorder.columns
@@ -75,14 +74,14 @@ class Recorded:
         ]
 
     def fits(self, frame: Tensor) -> bool:
-        """Whether the frame's memory is laid out as the recorded one's."""
-        return self._turned == is_turned(frame)
+        """Whether the step for a frame (N, C, 1, *size) is the recorded one."""
+        return self._turned == is_turned(frame) and all(guard() for guard in self._guards)
 
     def _lay_out(self, calls: list[Call]) -> None:
         """One block for what lies between calls, and scratch behind it."""
         lives: dict[int, Life] = {}
         for i, call in enumerate(calls):
-            for value in (*call.writes.values(), *call.reads.values()):
+            for value, _ in (*call.reads.values(), *(() if call.y is None else (call.y,))):
                 if value in self._made and value not in self._leaves:
                     first = lives[value].first if value in lives else i
                     lives[value] = Life(prod(self._columns[value].shape), first, i)
@@ -100,31 +99,27 @@ class Recorded:
         made: set[int] = set()
         for record, call in zip(records, segment.calls, strict=True):
             record.kind, record.params = getattr(lib, f"FC_CALL_{call.kind}"), call.params
-            record.workspace = self._scratch
+            record.workspace, record.stream = self._scratch, call.stream
             for name, address in call.fixed.items():
                 setattr(record, name, address)
-            for name, value in call.writes.items():
-                made.add(value)
-                self._write(player, record, name, value, call.behind)
-            for name, value in call.reads.items():
+            if call.y is not None:
+                made.add(call.y[0])
+            for name, (value, behind) in (call.reads | ({"y": call.y} if call.y else {})).items():
                 if value in self._places:
-                    setattr(record, name, self._places[value])
+                    setattr(record, name, self._places[value] + behind)
                 elif value in made:
-                    self._write(player, record, name, value, 0)
+                    self._makes(player, value).append((record, name, behind))
                 else:
                     layout = CONTIGUOUS if call.kind == "TURN" else CHANNELS_LAST
-                    player.reads.setdefault((value, layout), []).append((record, name))
-        self._keep = *self._keep, [call.params for call in segment.calls]
+                    player.reads.setdefault((value, layout), []).append((record, name, behind))
+        self._keep.append([call.params for call in segment.calls])
         return player
 
-    def _write(self, player: Player, record: Any, name: str, value: int, behind: int) -> None:
-        if value in self._places:
-            setattr(record, name, self._places[value] + behind)
-            return
+    def _makes(self, player: Player, value: int) -> list[tuple[Any, str, int]]:
+        """The fields for a value that leaves."""
         shape = tuple(self._columns[value].shape)
         strides = torch_ops_runner.dense_strides(shape, CHANNELS_LAST)
-        places = player.makes.setdefault(value, (shape, strides, []))[2]
-        places.append((record, name, behind))
+        return player.makes.setdefault(value, (shape, strides, []))[2]
 
     def __call__(self, states: dict[str, State], frame: Tensor, on: On, at: Moment) -> Any:
         """The output column of a frame (N, C, 1, *size), None if it brings none.

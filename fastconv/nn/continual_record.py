@@ -7,24 +7,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastconv import ops, torch_ops, torch_ops_runner
+from fastconv import ops, torch_ops_runner
 from fastconv.plan import CHANNELS_LAST
 
 from . import continual_rules as rules
 from .continual_conv import Convolution
 from .continual_elementwise import REDUCTIONS, Blend, Pool, means_shape, spatial_mean
-from .continual_ops import Delay, Framewise, Op, Retime, State, Window
+from .continual_linear import Linear
+from .continual_ops import Delay, Framewise, Op, Retime, State, Whole, Window
 
 if TYPE_CHECKING:
     from .continual_network import Program
 
 Shape = tuple[int, ...]
+Place = tuple[int, int]  # a value, and bytes behind its beginning
+# Of streams that run through several layers together: what a layer reads and writes stays in a
+# core's own cache until the next one has read it.
+NEAR_BYTES = 1 << 20
 
 
 def is_turned(frame: Tensor) -> bool:
@@ -36,18 +43,18 @@ def is_turned(frame: Tensor) -> bool:
 class Call:
     """One call of C before memory is known.
 
-    fixed  addresses of weights and state, by field of `fc_call`
-    reads, writes  values: numbers of nodes, and negative ones between the calls of one node
-    behind  bytes between the beginning of the written value and what this call writes
+    fixed   addresses of weights and state, by field of `fc_call`
+    reads, writes  fields that take addresses of values
+    stream  number of the first stream that it is for
     """
 
     kind: str
     params: Any
     fixed: dict[str, int]
-    reads: dict[str, int]
-    writes: dict[str, int]
-    behind: int = 0
-    scratch: int = 0
+    reads: dict[str, Place]
+    y: Place | None
+    stream: int
+    scratch: int
 
 
 @dataclass
@@ -59,7 +66,9 @@ class Segment:
 
 @dataclass
 class Step:
-    """A step of Python."""
+    """An operation on columns, of those inputs that come (`ons`), to one of output or none (`on`);
+    where it stays so, a step of Python.
+    """
 
     number: int
     name: str
@@ -71,6 +80,8 @@ class Step:
 
 class Recorder:
     """Goes through a program and finds the calls for frames that bring some of its columns.
+
+    Values are known by number: those of the program, and negative ones that it does not have.
 
     columns  an example of every value, without memory of its own
     frame    (N, C, 1, *size)
@@ -90,182 +101,274 @@ class Recorder:
         self.small, self.launch = elementwise, launch
         self.program, self.states, self.ons = program, states, ons
         self.columns: dict[int, Tensor] = {i: c for i, c in enumerate(columns) if c is not None}
+        self.columns[0] = frame.new_empty(1).expand(frame.shape)
+        self.slots, self.turned = frame.shape[0], is_turned(frame)
         self.parts: list[Segment | Step] = []
         self.keep: list[Any] = []
-        self._same: dict[int, int] = {}
-        self._spare = -1
-        self.columns[0] = frame
-        shape = tuple(frame.shape)
-        self.turned = is_turned(frame)
-        if self.turned:  # on the way in, by our kernel
-            params = self.small.turn(shape[0], shape[1], prod(shape[2:]))
-            self._frame = self.value(shape)
-            self.call("TURN", params, {}, {"x": 0}, {"y": self._frame})
+        self.guards: list[Callable[[], bool]] = []  # what has to stay true, and nobody follows
 
     def record(self) -> bool:
         """Find the calls; whether there are any."""
+        steps = self._steps()
+        self._run(steps, 0, self.slots, set())
+        whole, python = self.parts, _python(self.parts)
+        if self.slots > 1:
+            self.parts = []
+            for count, together in self._runs(steps, python):
+                inside = self._inside(together, steps) if count < self.slots else set()
+                for first in range(0, self.slots, count):
+                    self._run(together, first, min(count, self.slots - first), inside)
+            if _python(self.parts) != python:  # fewer streams have another backend
+                self.parts = whole
+        return any(isinstance(part, Segment) for part in self.parts)
+
+    def _steps(self) -> list[Step]:
+        """What happens with such frames; what only has another number is resolved."""
+        same: dict[int, int] = {}
+        steps = []
         for number, node in self.program.nodes:
             ons = [self.ons[self.program.clock_of[i]] for i in node.inputs]
             on = self.ons[self.program.clock_of[number]]
-            inputs = tuple(self._same.get(i, i) for i in node.inputs)
-            if not (on or any(ons)):
+            inputs = tuple(same.get(i, i) for i in node.inputs)
+            if isinstance(node.op, Retime):
+                same[number] = inputs[0]
+            elif on or any(ons):
+                steps.append(Step(number, node.name, node.op, inputs, ons, on))
+        self.output = same.get(self.program.output, self.program.output)
+        return steps
+
+    def _runs(self, steps: list[Step], python: set[int]) -> list[tuple[int, list[Step]]]:
+        """Consecutive steps, and how many streams go through them before the next ones do."""
+        least, counts = self.slots, []
+        for step in reversed(steps):
+            if step.number in python:
+                counts.append(self.slots)
                 continue
-            if not self._recorded(number, node.op, node.name, inputs, ons, on):
-                self.parts.append(Step(number, node.name, node.op, inputs, ons, on))
-        output = self.program.output
-        self.output = self._same.get(output, output)
-        calls = (call for part in self.parts if isinstance(part, Segment) for call in part.calls)
-        return any(call.kind != "TURN" for call in calls)
+            values = [*step.inputs, *([step.number] if step.on else ())]
+            nbytes = sum(4 * prod(self.columns[value].shape[1:]) for value in values)
+            fitting = max(NEAR_BYTES // max(nbytes, 1), 1)
+            least = min(least, 1 << (fitting.bit_length() - 1))
+            counts.append(least)
+        pairs = zip(reversed(counts), steps, strict=True)
+        return [(n, [step for _, step in run]) for n, run in groupby(pairs, lambda pair: pair[0])]
+
+    def _inside(self, run: list[Step], steps: list[Step]) -> set[int]:
+        """Values that no step outside of a run sees."""
+        own = {step.number for step in run}
+        seen = {i for step in steps if step.number not in own for i in step.inputs}
+        return own - seen - {self.output}
+
+    def _run(self, steps: list[Step], first: int, count: int, inside: set[int]) -> None:
+        """Some streams through some steps; values inside are of these streams alone."""
+        self._first, self._count = first, count
+        self._local: dict[int, int | None] = dict.fromkeys(inside)
+        self._frame: int | None = None
+        for step in steps:
+            rule = _RULES.get(type(step.op))
+            values = [*step.inputs, *([step.number] if step.on else ())]
+            examples = [self.columns[i] for i in values]
+            plain = all(x.dtype == torch.float32 and x.dim() > 1 for x in examples)
+            if not plain or rule is None or not rule(self, step):
+                self.parts.append(step)
 
     # For the rules of operations.
 
-    def value(self, shape: Shape) -> int:
-        """A value between the calls of one operation."""
-        self._spare -= 1
-        self.columns[self._spare] = torch.empty(1).expand(shape)
-        return self._spare
+    def shape(self, value: int) -> Shape:
+        """Of the streams of now."""
+        return (self._count, *self.columns[value].shape[1:])
 
-    def state(self, name: str) -> State:
-        return self.states.get(name, {})
+    def example(self, value: int) -> Tensor:
+        """A tensor of this shape, without memory of its own."""
+        return self.columns[value][:1].expand(self.shape(value))
+
+    def spare(self, shape: Shape) -> Place:
+        """A value that the program does not have."""
+        number = min(self.columns) - 1 if min(self.columns) < 0 else -1
+        self.columns[number] = torch.empty(1).expand(shape)
+        return number, 0
+
+    def place(self, value: int) -> Place:
+        """Where a value of the streams of now is."""
+        if value == 0 and self.turned:
+            return self._turned_frame()
+        if value not in self._local:
+            return value, 4 * self._first * prod(self.columns[value].shape[1:])
+        own = self._local[value]
+        if own is None:
+            own, _ = self.spare(self.shape(value))
+            self._local[value] = own
+        return own, 0
+
+    def _turned_frame(self) -> Place:
+        """The frame with channels last, by our kernel."""
+        if self._frame is None:
+            shape = self.shape(0)
+            self._frame, _ = place = self.spare(shape)
+            begin = 0, 4 * self._first * prod(shape[1:])
+            params = self.small.turn(shape[0], shape[1], prod(shape[2:]))
+            self.call("TURN", params, {"x": begin}, place)
+        return self._frame, 0
+
+    def state(self, step: Step) -> dict[str, int]:
+        """Addresses of an operation's state."""
+        state, axis = self.states[step.name], step.op.slot_axis
+        own = {key: t.narrow(axis, self._first, self._count) for key, t in state.items()}
+        steps = own.pop("steps").data_ptr()
+        (memory,) = own.values()
+        return {"state": memory.data_ptr(), "steps": steps}
 
     def call(
         self,
         kind: str,
         params: Any,
-        fixed: dict[str, int],
-        reads: dict[str, int],
-        writes: dict[str, int],
-        **more: int,
+        reads: dict[str, Place],
+        y: Place | None,
+        fixed: dict[str, int] | None = None,
+        scratch: int = 0,
     ) -> None:
         last = self.parts[-1] if self.parts else None
         if not isinstance(last, Segment):
             last = Segment()
             self.parts.append(last)
-        if self.turned and kind != "TURN":
-            reads = {f: self._frame if value == 0 else value for f, value in reads.items()}
-        last.calls.append(Call(kind, params, fixed, reads, writes, **more))
+        last.calls.append(Call(kind, params, fixed or {}, reads, y, self._first, scratch))
 
-    def same(self, number: int, value: int) -> None:
-        """A node whose value is another's."""
-        self._same[number] = value
+    def kernel(
+        self,
+        kind: str,
+        packed: Any,
+        bias: Tensor | None,
+        reads: dict[str, Place],
+        y: Place,
+        fixed: dict[str, int] | None = None,
+    ) -> None:
+        """A call of a convolution's kernel."""
+        bias = None if bias is None else bias.contiguous()
+        self.keep += [packed, bias]
+        size = packed.workspace_size()
+        params, weights, _ = packed.constants(ops.workspace(size, torch_ops_runner.FLOAT32))
+        own = {"weights": weights, "bias": 0 if bias is None else bias.data_ptr()}
+        self.call(kind, params, reads, y, own | (fixed or {}), size)
 
-    def _recorded(
-        self, number: int, op: Op, name: str, inputs: Sequence[int], ons: list[bool], on: bool
-    ) -> bool:
-        rule = _RULES.get(type(op))
-        wanted = [*inputs, *([number] if on else ())]
-        plain = all(self.columns[i].dtype == torch.float32 for i in wanted)
-        return plain and rule is not None and rule(self, number, op, name, inputs, ons[0], on)
+
+def _python(parts: Sequence[Segment | Step]) -> set[int]:
+    return {part.number for part in parts if isinstance(part, Step)}
 
 
-def _convolution(
-    r: Recorder, number: int, op: Any, name: str, inputs: Sequence[int], came: bool, on: bool
-) -> bool:
-    if came is not on and op.form == "sum":
+# Rules: the calls of an operation, or False and none.
+
+
+def _convolution(r: Recorder, step: Step) -> bool:
+    op: Any = step.op
+    if step.ons[0] is not step.on and op.form == "sum":
         return False
-    x, state = r.columns[inputs[0]], r.state(name)
-    stepper, packed, bias = op.packed(x)
-    plan = stepper.plan
-    if plan.backend != "c" or plan.layout != CHANNELS_LAST:
+    x = step.inputs[0]
+    stepper, packed, bias = op.packed(r.example(x))
+    if stepper.plan.backend != "c" or stepper.plan.layout != CHANNELS_LAST:
         return False
-    r.keep += [packed, bias]
-    fixed = {"state": state["frames"].data_ptr(), "steps": state["steps"].data_ptr()}
-    if not on:
-        shape = (*x.shape[:2], *x.shape[3:])
-        ring = r.small.ring(shape, op.reach, streams_first=True)
-        r.call("RING", ring, fixed, {"x": inputs[0]}, {})
+    reads = {"x": r.place(x)}
+    if not step.on:
+        r.call("RING", r.small.ring(r.shape(x), op.reach), reads, None, r.state(step))
         return True
-    size = packed.workspace_size()
-    c_plan, weights, _ = packed.constants(ops.workspace(size, torch_ops_runner.FLOAT32))
-    fixed |= {"weights": weights, "bias": 0 if bias is None else bias.data_ptr()}
-    reads = {"x": inputs[0]}
     if op.epilogue.residual:
-        reads["residual"] = inputs[1]
-    r.call("STEP", c_plan, fixed, reads, {"y": number}, scratch=size)
+        reads["residual"] = r.place(step.inputs[1])
+    r.kernel("STEP", packed, bias, reads, r.place(step.number), r.state(step))
     return True
 
 
-def _delay(
-    r: Recorder, number: int, op: Any, name: str, inputs: Sequence[int], came: bool, on: bool
-) -> bool:
-    ring = _ring(r, name, inputs[0])
-    if ring is None:
+def _delay(r: Recorder, step: Step) -> bool:
+    op: Any = step.op
+    x = step.inputs[0]
+    params = r.small.ring(r.shape(x), op.count, slots=r.slots)
+    reads = {"x": r.place(x)} if step.ons[0] else {}
+    r.call("RING", params, reads, r.place(step.number) if step.on else None, r.state(step))
+    return True
+
+
+def _window(r: Recorder, step: Step) -> bool:
+    op: Any = step.op
+    shape, x = r.shape(step.inputs[0]), r.place(step.inputs[0])
+    reduce = REDUCTIONS.get(op.reduce)
+    each = None if op.each is spatial_mean and len(shape) == 3 else op.each
+    of_each = shape if each is None else _small_shape(each, shape)
+    if reduce is None or of_each is None:
         return False
-    reads, writes = {"x": inputs[0]} if came else {}, {"y": number} if on else {}
-    r.call("RING", ring, _memory(r.state(name)), reads, writes)
+    if each is not None:
+        place = r.spare(of_each)
+        _small(r, each, shape, x, place)
+        x = place
+    if step.on:
+        params = r.small.window(of_each, op.reach, reduce, op.dilation, slots=r.slots)
+        r.call("WINDOW", params, {"x": x}, r.place(step.number), r.state(step))
+    ring = r.small.ring(of_each, op.reach, slots=r.slots)
+    r.call("RING", ring, {"x": x}, None, r.state(step))
     return True
-
-
-def _window(
-    r: Recorder, number: int, op: Any, name: str, inputs: Sequence[int], came: bool, on: bool
-) -> bool:
-    x, reduce = inputs[0], REDUCTIONS.get(op.reduce)
-    shape = tuple(r.columns[x].shape)
-    of_each = shape if op.each is None else _small_shape(op.each, shape)
-    if reduce is None or of_each is None or _ring(r, name, None) is None:
-        return False
-    if op.each is not None:
-        each = r.value(of_each)
-        _small(r, op.each, x, each)
-        x = each
-    fixed = _memory(r.state(name))
-    if on:
-        taps = op.reach // op.dilation + 1
-        params = r.small.window(of_each, taps, reduce, op.dilation)
-        r.call("WINDOW", params, fixed, {"x": x}, {"y": number})
-    r.call("RING", _ring(r, name, None), fixed, {"x": x}, {})
-    return True
-
-
-def _framewise(
-    r: Recorder, number: int, op: Any, name: str, inputs: Sequence[int], came: bool, on: bool
-) -> bool:
-    function = op.function
-    shapes = [tuple(r.columns[i].shape) for i in inputs]
-    if isinstance(function, Blend):
-        parts = function.parts(*(_Shaped(shapes[k], i) for k, i in enumerate(inputs)))
-        if parts is None:
-            return False
-        x, *others = parts
-        named = zip(("weights", "residual"), others, strict=True)
-        reads = {"x": x.value} | {f: part.value for f, part in named if part is not None}
-        params = r.small.blend(x.shape, function.activation, per_image=function.scaled)
-        r.call("BLEND", params, {}, reads, {"y": number})
-        return True
-    if function is rules.concatenated:
-        channels, at = sum(shape[1] for shape in shapes), 0
-        for value, shape in zip(inputs, shapes, strict=True):
-            params = r.small.blend(shape, y_step=channels)
-            r.call("BLEND", params, {}, {"x": value}, {"y": number}, behind=4 * at)
-            at += shape[1]
-        return True
-    if _small_shape(function, shapes[0]) is None:
-        return False
-    _small(r, function, inputs[0], number)
-    return True
-
-
-def _retime(
-    r: Recorder, number: int, op: Any, name: str, inputs: Sequence[int], came: bool, on: bool
-) -> bool:
-    if on:
-        r.same(number, inputs[0])
-    return True
-
-
-_RULES: dict[type[Op], Callable[..., bool]] = {
-    Convolution: _convolution,
-    Delay: _delay,
-    Window: _window,
-    Framewise: _framewise,
-    Retime: _retime,
-}
 
 
 @dataclass
 class _Shaped:
     shape: Shape
-    value: int
+    place: Place
+
+
+def _framewise(r: Recorder, step: Step) -> bool:
+    function: Any = step.op.function  # type: ignore[attr-defined]
+    if not step.on:
+        return True
+    x, y, shape = step.inputs[0], step.number, r.shape(step.inputs[0])
+    if isinstance(function, Blend):
+        return _blend(r, step, function)
+    if isinstance(function, Linear):
+        return _linear(r, step, function)
+    if function is rules.concatenated:
+        channels, (value, at) = r.shape(y)[1], r.place(y)
+        for x in step.inputs:
+            params = r.small.blend(r.shape(x), y_step=channels)
+            r.call("BLEND", params, {"x": r.place(x)}, (value, at))
+            at += 4 * r.shape(x)[1]
+    elif _is_point(shape) and _is_point(r.shape(y)) and _only_reshapes(r, function, shape):
+        r.call("BLEND", r.small.blend(shape), {"x": r.place(x)}, r.place(y))
+    elif _small_shape(function, shape) is not None:
+        _small(r, function, shape, r.place(x), r.place(y))
+    else:
+        return False
+    return True
+
+
+def _blend(r: Recorder, step: Step, function: Blend) -> bool:
+    parts = function.parts(*(_Shaped(r.shape(i), r.place(i)) for i in step.inputs))
+    if parts is None:
+        return False
+    named = zip(("x", "weights", "residual"), parts, strict=True)
+    reads = {name: part.place for name, part in named if part is not None}
+    params = r.small.blend(parts[0].shape, function.activation, per_image=function.scaled)
+    r.call("BLEND", params, reads, r.place(step.number))
+    return True
+
+
+def _linear(r: Recorder, step: Step, function: Linear) -> bool:
+    x = step.inputs[0]
+    if not function.takes(r.example(x)):
+        return False
+    _, packed, bias = function.packed(r.example(x))
+    weight = function.module.weight
+    r.guards.append(lambda: function.module.weight is weight)
+    r.kernel("RUN", packed, bias, {"x": r.place(x)}, r.place(step.number))
+    return True
+
+
+def _only_reshapes(r: Recorder, function: Any, shape: Shape) -> bool:
+    """Whether a function gives the numbers that it takes, those of one point in their order."""
+    if isinstance(function, partial):
+        return function.func in (rules.as_shape, rules.without)
+    if type(function) in (nn.Dropout, *rules.CHANNEL_DROPOUTS) and not function.training:
+        r.guards.append(lambda: not function.training)
+        return True
+    return type(function) is nn.Flatten or (function is spatial_mean and len(shape) == 3)
+
+
+def _is_point(shape: Sequence[int]) -> bool:
+    """Whether a column has channels alone."""
+    return prod(shape) == prod(shape[:2])
 
 
 def _small_shape(function: Any, shape: Shape) -> Shape | None:
@@ -276,26 +379,20 @@ def _small_shape(function: Any, shape: Shape) -> Shape | None:
     return None if geometry is None else geometry.y_shape
 
 
-def _small(r: Recorder, function: Any, x: int, y: int) -> None:
-    shape = tuple(r.columns[x].shape)
+def _small(r: Recorder, function: Any, shape: Shape, x: Place, y: Place) -> None:
     if isinstance(function, Pool):
-        params = r.small.pool(
-            function.geometry(shape), mean=function.mean, counted=function.counted
-        )
-        r.call("POOL", params, {}, {"x": x}, {"y": y})
+        geometry = function.geometry(shape)
+        params = r.small.pool(geometry, mean=function.mean, counted=function.counted)
+        r.call("POOL", params, {"x": x}, y)
         return
     params = r.small.means(shape)
-    r.call("MEANS", params, {}, {"x": x}, {"y": y}, scratch=r.small.means_size(params))
+    r.call("MEANS", params, {"x": x}, y, scratch=r.small.means_size(params))
 
 
-def _memory(state: State) -> dict[str, int]:
-    return {"state": state["columns"].data_ptr(), "steps": state["steps"].data_ptr()}
-
-
-def _ring(r: Recorder, name: str, value: int | None) -> Any:
-    """The ring of a delay or a window; None if its columns are not dense with channels last."""
-    ring = r.state(name)["columns"]
-    held = torch_ops.dense(ring[0], CHANNELS_LAST).data_ptr() == ring.data_ptr()
-    if not held or ring.stride(0) != ring[0].numel():
-        return None
-    return r.small.ring(tuple(ring.shape[1:]), len(ring))
+_RULES: dict[type[Op], Callable[[Recorder, Step], bool]] = {
+    Convolution: _convolution,
+    Delay: _delay,
+    Window: _window,
+    Framewise: _framewise,
+    Whole: _framewise,
+}

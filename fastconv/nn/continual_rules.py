@@ -205,3 +205,11 @@ def added(*xs: Tensor) -> Tensor:
 
 def multiplied(x: Tensor, y: Tensor) -> Tensor:
     return x * y
+
+
+def as_shape(shape: tuple[int, ...], x: Tensor) -> Tensor:
+    return x.reshape(shape)
+
+
+def without(axes: tuple[int, ...], x: Tensor) -> Tensor:
+    return x.squeeze(axes)

@@ -94,7 +94,8 @@ def accelerate(
     errors = distance(got, exact), distance(want, exact)
     roundoff = max((torch.finfo(t.dtype).eps for t in want if t.is_floating_point()), default=0.0)
     traced, stays, others = _left(new, args)
-    report = Report(rows, max(factor, 1.0), *errors, roundoff, last, traced, stays, others)
+    numbers = min((t.numel() for t in want if t.is_floating_point()), default=0)
+    report = Report(rows, max(factor, 1.0), *errors, numbers, roundoff, last, traced, stays, others)
     if check:
         _refuse_beyond(report, mirrored)
     return new, report

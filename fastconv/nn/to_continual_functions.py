@@ -252,11 +252,7 @@ def reshaped(converter: Converter, node: fx.Node, x: Traced, *args: Any, **kwarg
     column = [-1, *shape[1:]]
     if place is not None:
         column[place] = 1
-    return framewise(converter, node, partial(_as_shape, tuple(column)), x, time=place)
-
-
-def _as_shape(shape: tuple[int, ...], x: Tensor) -> Tensor:
-    return x.reshape(shape)
+    return framewise(converter, node, partial(rules.as_shape, tuple(column)), x, time=place)
 
 
 def transposed(converter: Converter, node: fx.Node, x: Traced, *args: Any, **kwargs: Any) -> Traced:
@@ -358,9 +354,11 @@ def reduced(
     name = _plain(node)
     over = {"mean": mean, "sum": summed, "amax": largest}[name]
     spatial = tuple(a for a in axes if a != x.time)
-    each = partial(getattr(torch, name), dim=spatial, keepdim=True) if spatial else None
-    if name == "mean" and x.time == 2 and spatial == tuple(range(3, x.dims)) and spatial:
-        each = spatial_mean
+    each: Callable[[Tensor], Tensor] | None = None
+    if spatial:
+        each = partial(getattr(torch, name), dim=spatial, keepdim=True)
+        if name == "mean" and x.time == 2 and spatial == tuple(range(3, x.dims)):
+            each = spatial_mean
     graph, value = converter.graph, x.value
     if x.time is not None and x.time in axes:
         gate = converter.is_gate(node)
@@ -381,11 +379,7 @@ def reduced(
     time = x.time
     after = None if time is None or time in axes else time - sum(a < time for a in axes)
     kept = Traced(value, x.shape, converter)
-    return framewise(converter, node, partial(_without, tuple(axes)), kept, time=after)
-
-
-def _without(axes: tuple[int, ...], x: Tensor) -> Tensor:
-    return x.squeeze(axes)
+    return framewise(converter, node, partial(rules.without, tuple(axes)), kept, time=after)
 
 
 def padded(
