@@ -17,7 +17,7 @@
    bias, residual  at the tile's channel, or NULL; residual has the strides of y
    next_x     inputs of a later tile, to ask for meanwhile; NULL for nothing
    sums, y_plane  of tiles that roll, see depthwise_roll.h: what frames wait with; to the next frame
-   stream     y is written past the caches: every vector of it is a whole cache line */
+   stream     y is written past the caches: its pixels are whole cache lines */
 typedef struct {
     const float *const *frames;
     int64_t count, at, x_row, x_col;
