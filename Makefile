@@ -52,7 +52,7 @@ endif
 # Memory and undefined behaviour first, then data races: the thread sanitizer does not see into
 # OpenMP's library, so that build has threads of its own. Python itself is not instrumented.
 SANITIZED := tests/test_winograd.py tests/test_depthwise.py tests/test_grouped.py tests/test_hfa.py \
-	tests/test_continual.py tests/test_gradients.py
+	tests/test_continual.py tests/test_elementwise.py tests/test_gradients.py
 sanitize: $(INSTALLED)  ## the C kernels' tests under the address, undefined behaviour and thread sanitizers
 	bash tests/sanitize.sh $(BIN)/python address,undefined $(SANITIZED)
 	bash tests/sanitize.sh $(BIN)/python thread $(SANITIZED)

@@ -16,15 +16,24 @@ MODULE = "fastconv.c_kernels._csrc"
 # What Python may call: read by cffi, so each is free of preprocessor lines.
 HEADERS = (
     "fastconv.h",
+    "grouped.h",
     "winograd.h",
     "depthwise.h",
-    "grouped.h",
     "hfa.h",
     "continual.h",
     "gradients.h",
     "elementwise.h",
+    "play.h",
 )
-SOURCES = ("fastconv.c", "step.c", "gradients.c", "isa_avx512.c", "isa_avx2.c", "isa_plain.c")
+SOURCES = (
+    "fastconv.c",
+    "step.c",
+    "play.c",
+    "gradients.c",
+    "isa_avx512.c",
+    "isa_avx2.c",
+    "isa_plain.c",
+)
 # F(m, r) with compiled programs; `fastconv.c_kernels.winograd` refuses others.
 TILES, TAPS = range(1, 7), range(2, 8)
 

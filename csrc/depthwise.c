@@ -284,7 +284,7 @@ static void depthwise_frames(const fc_depthwise *d, const fc_arrays *a,
     const fc_geometry *g = &d->geometry;
     int64_t taps = g->kernel[0] * g->kernel[1] * g->kernel[2];
     int64_t outs = g->batch * g->out_channels * g->out_size[0] * g->out_size[1] * g->out_size[2];
-    int threads = outs * taps < DW_SERIAL ? 1 : a->threads;
+    int threads = outs * taps < fc_least_work(DW_SERIAL) ? 1 : a->threads;
     if (d->form == FC_DEPTHWISE_LINES) dw_lines_run(d, a, frames, threads);
     else dw_tiles(d, a, frames, threads);
 }

@@ -55,8 +55,9 @@ static void blend_run(const fc_blend *p, const float *x, const float *scale, con
         j.rows = fc_ceil_div(total, FLAT_ROW);
         j.last_row = total - (j.rows - 1) * FLAT_ROW;
     }
-    j.rows_per_item = fc_max(1, BLEND_FLOATS / j.row);
-    int few = total < 2 * BLEND_FLOATS;
+    int64_t least = fc_least_work(BLEND_FLOATS);
+    j.rows_per_item = fc_max(1, least / j.row);
+    int few = total < 2 * least;
     fc_parallel_for(few ? 1 : threads, fc_ceil_div(j.rows, j.rows_per_item), blend_item, &j);
 }
 
@@ -117,7 +118,7 @@ static void means_run(const fc_means *p, const float *x, float *y, float *worksp
     int64_t floats = p->points * p->channels;
     means_job j = {p, x, workspace, 1, fc_lines(p->channels)};
     j.parts = fc_max(1, fc_min(FC_MEAN_PARTS, floats / BLEND_FLOATS));
-    int few = p->images * floats < 2 * BLEND_FLOATS;
+    int few = p->images * floats < 2 * fc_least_work(BLEND_FLOATS);
     fc_parallel_for(few ? 1 : threads, p->images * j.parts, means_item, &j);
     float each = 1.0f / (float)fc_max(p->points, 1);
     for (int64_t n = 0; n < p->images; n++)
@@ -207,7 +208,49 @@ static void pool_run(const fc_pool *p, const float *x, float *y, int threads) {
     const fc_geometry *g = &p->geometry;
     int64_t rows = g->batch * g->out_size[0] * g->out_size[1];
     int64_t taps = g->kernel[0] * g->kernel[1] * g->kernel[2];
-    int few = rows * g->out_size[2] * g->in_channels * taps < 2 * BLEND_FLOATS;
+    int few = rows * g->out_size[2] * g->in_channels * taps < 2 * fc_least_work(BLEND_FLOATS);
     pool_job j = {p, x, y};
     fc_parallel_for(few ? 1 : threads, rows, pool_item, &j);
+}
+
+typedef struct {
+    const fc_window *p;
+    const float *x, *ring;
+    const int64_t *steps;
+    float *y;
+    int64_t pieces;
+} columns_job;
+
+/* An item is a piece of a stream's column. */
+static void columns_item(void *context, int64_t item, int thread) {
+    (void)thread;
+    const columns_job *j = context;
+    const fc_window *p = j->p;
+    int64_t n = item / j->pieces, piece = item % j->pieces, row = n * p->floats;
+    int64_t end = p->floats * (piece + 1) / j->pieces;
+    /* Never below 0: one round is added. */
+    int64_t oldest = j->steps[n] % p->ring + p->ring - p->dilation * (p->taps - 1);
+    for (int64_t i = p->floats * piece / j->pieces; i < end; i += VL) {
+        int64_t count = vcount(end, i);
+        vec newest = vload_n(j->x + row + i, count), sum = vzero();
+        for (int64_t k = 0; k < p->taps; k++) {
+            int64_t entry = (oldest + k * p->dilation) % p->ring;
+            vec v = newest;
+            if (k < p->taps - 1)
+                v = vload_n(j->ring + entry * p->entry_stride + row + i, count);
+            if (!k) sum = v;
+            else if (p->reduce != FC_WINDOW_MAX) sum += v;
+            else sum = vselect(v == v, vmax(sum, v), v);
+        }
+        if (p->reduce == FC_WINDOW_MEAN) sum *= 1.0f / (float)p->taps;
+        vstore_n(j->y + row + i, sum, count);
+    }
+}
+
+static void columns_run(const fc_window *p, const float *x, const float *ring, const int64_t *steps,
+                       float *y, int threads) {
+    int64_t work = p->floats * p->taps, least = fc_least_work(BLEND_FLOATS);
+    columns_job j = {p, x, ring, steps, y, fc_max(1, work / least)};
+    int few = p->streams * work < 2 * least;
+    fc_parallel_for(few ? 1 : threads, p->streams * j.pieces, columns_item, &j);
 }

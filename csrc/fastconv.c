@@ -3,6 +3,7 @@
 #include "internal.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <string.h>
 #ifdef _OPENMP
 #include <omp.h>
@@ -83,9 +84,101 @@ static void run_together(int threads, int64_t items, fc_item item, void *context
 }
 #endif
 
+/* Threads that look for the next loop all the time, instead of being woken for each. Who comes too
+   late for a loop is not waited for: its items are done by the others.
+
+   open    the loop that may be entered, its number above its threads, which are THREAD_BITS; 0 for
+           none
+   inside  helpers that may be in it */
+enum { THREAD_BITS = 16 };
+typedef struct {
+    _Alignas(64) int64_t open;
+    _Alignas(64) int64_t inside;
+    _Alignas(64) int64_t next;
+    int64_t items, loops;
+    fc_item item;
+    void *context;
+    int over;
+    void (*body)(void *);
+    void *body_context;
+} team;
+static _Thread_local team *led = NULL; /* by this thread, while no loop runs */
+enum { SPINS = 1000 };                 /* some tens of microseconds */
+
+int fc_is_awake(void) { return led != NULL; }
+
+/* Look again, `spins` times in vain so far: others have the core after a while. */
+static void wait_a_little(int64_t *spins) {
+    if (++*spins < SPINS) fc_pause();
+    else sched_yield();
+}
+
+static void take_items(team *t, int thread) {
+    for (int64_t i; (i = __atomic_fetch_add(&t->next, 1, __ATOMIC_RELAXED)) < t->items;)
+        t->item(t->context, i, thread);
+}
+
+static void lead(team *t, int threads, int64_t items, fc_item item, void *context) {
+    t->items = items;
+    t->item = item;
+    t->context = context;
+    __atomic_store_n(&t->next, 0, __ATOMIC_RELAXED);
+    led = NULL; /* a loop inside this one is not for the team */
+    __atomic_store_n(&t->open, (++t->loops << THREAD_BITS) + threads, __ATOMIC_SEQ_CST);
+    take_items(t, 0);
+    __atomic_store_n(&t->open, 0, __ATOMIC_SEQ_CST);
+    for (int64_t spins = 0; __atomic_load_n(&t->inside, __ATOMIC_SEQ_CST);) wait_a_little(&spins);
+    led = t;
+}
+
+/* Whether a loop is open and has a place for the thread. */
+static int is_wanted(int64_t open, int thread) {
+    return thread < (open & ((1 << THREAD_BITS) - 1));
+}
+
+static void help(team *t, int thread) {
+    int64_t done = 0, spins = 0;
+    while (!__atomic_load_n(&t->over, __ATOMIC_ACQUIRE)) {
+        int64_t open = __atomic_load_n(&t->open, __ATOMIC_ACQUIRE);
+        if (open == done || !is_wanted(open, thread)) {
+            wait_a_little(&spins);
+            continue;
+        }
+        /* Once inside, the loop that is open stays: see the order in `lead`. */
+        __atomic_fetch_add(&t->inside, 1, __ATOMIC_SEQ_CST);
+        done = __atomic_load_n(&t->open, __ATOMIC_SEQ_CST);
+        if (is_wanted(done, thread)) take_items(t, thread);
+        __atomic_fetch_sub(&t->inside, 1, __ATOMIC_SEQ_CST);
+        spins = 0;
+    }
+}
+
+static void join_team(void *context, int64_t item, int thread) {
+    (void)thread;
+    team *t = context;
+    if (item) {
+        help(t, (int)item);
+        return;
+    }
+    led = t;
+    t->body(t->body_context);
+    led = NULL;
+    __atomic_store_n(&t->over, 1, __ATOMIC_RELEASE);
+}
+
+void fc_awake(int threads, void (*body)(void *), void *context) {
+    if (threads < 2 || threads >> THREAD_BITS || alone) {
+        body(context);
+        return;
+    }
+    team t = {.body = body, .body_context = context};
+    run_together(threads, threads, join_team, &t);
+}
+
 void fc_parallel_for(int threads, int64_t items, fc_item item, void *context) {
     if (threads > 1 && items > 1 && !alone) {
-        run_together(threads, items, item, context);
+        if (led) lead(led, threads, items, item, context);
+        else run_together(threads, items, item, context);
         return;
     }
     for (int64_t i = 0; i < items; i++) item(context, i, 0);
@@ -159,6 +252,12 @@ void fc_run_means(const fc_means *p, intptr_t x, intptr_t y, intptr_t workspace,
 
 void fc_run_pool(const fc_pool *p, intptr_t x, intptr_t y, int threads) {
     sets[p->isa]->pool(p, (const float *)x, (float *)y, threads);
+}
+
+void fc_run_window(const fc_window *p, intptr_t x, intptr_t ring, intptr_t steps, intptr_t y,
+                   int threads) {
+    sets[p->isa]->window(p, (const float *)x, (const float *)ring, (const int64_t *)steps,
+                         (float *)y, threads);
 }
 
 void fc_run_turn(const fc_turn *p, intptr_t x, intptr_t y, int threads) {

@@ -6,13 +6,14 @@
 #include <stdint.h>
 
 #include "fastconv.h"
+#include "grouped.h"
 #include "winograd.h"
 #include "depthwise.h"
-#include "grouped.h"
 #include "hfa.h"
 #include "continual.h"
 #include "gradients.h"
 #include "elementwise.h"
+#include "play.h"
 #include "families.h"
 
 #define FC_LINE 16 /* floats of a cache line */
@@ -49,6 +50,8 @@ typedef struct {
                   const float *residual, float *y, int threads);
     void (*means)(const fc_means *params, const float *x, float *y, float *workspace, int threads);
     void (*pool)(const fc_pool *params, const float *x, float *y, int threads);
+    void (*window)(const fc_window *params, const float *x, const float *ring, const int64_t *steps,
+                   float *y, int threads);
 } fc_isa;
 
 const fc_isa *fc_set(int isa);
@@ -59,6 +62,20 @@ int64_t fc_step_copies(const fc_plan *plan);
 /* Call item(context, i, thread) for every i below items, in any order; thread < threads. */
 typedef void (*fc_item)(void *context, int64_t i, int thread);
 void fc_parallel_for(int threads, int64_t items, fc_item item, void *context);
+
+/* Call body(context) while threads stay awake for the loops in it, which fc_is_awake tells. */
+void fc_awake(int threads, void (*body)(void *), void *context);
+int fc_is_awake(void);
+
+/* What one thread does before another would have started to help: `asleep`, where it has to be woken
+   first. A thread that looks for work is there in less than a microsecond instead of ten. */
+static inline int64_t fc_least_work(int64_t asleep) { return fc_is_awake() ? asleep / 8 : asleep; }
+
+static inline void fc_pause(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+}
 
 static inline float *fc_line_up(intptr_t workspace) {
     intptr_t line = FC_LINE * (intptr_t)sizeof(float);

@@ -5,9 +5,9 @@
 #include "gemm.h"
 #include "programs.h"
 #include "transpose.h"
+#include "grouped.c"
 #include "winograd.c"
 #include "depthwise.c"
-#include "grouped.c"
 #include "hfa.c"
 #include "continual.c"
 #include "weight_gradient.h"
@@ -25,6 +25,7 @@ const fc_isa ISA = {
     .blend = blend_run,
     .means = means_run,
     .pool = pool_run,
+    .window = columns_run,
     .run = {[FC_WINOGRAD] = winograd_run,
             [FC_DEPTHWISE] = depthwise_run,
             [FC_GROUPED] = grouped_run,

@@ -74,7 +74,7 @@ static void copy_item(void *context, int64_t item, int thread) {
 /* Rows of floats, each cut into pieces where there are fewer than threads. */
 static void copy(copy_job j, int64_t rows, int threads) {
     if (!rows || !j.row) return;
-    if (rows * j.row < 2 * FLOATS_PER_THREAD) threads = 1;
+    if (rows * j.row < 2 * fc_least_work(FLOATS_PER_THREAD)) threads = 1;
     j.pieces = fc_min(fc_ceil_div(threads, rows), j.row);
     fc_parallel_for(threads, rows * j.pieces, copy_item, &j);
 }
@@ -241,7 +241,7 @@ static void finish(const sum_call *u, const float *sum) {
             residual = u->maps[2];
         }
         if (sum) {
-            int threads = size < FLOATS_PER_THREAD ? 1 : s->a.threads;
+            int threads = size < fc_least_work(FLOATS_PER_THREAD) ? 1 : s->a.threads;
             add_job j = {sum, residual, u->maps[2], size, threads};
             fc_parallel_for(threads, threads, add_item, &j);
             residual = u->maps[2];

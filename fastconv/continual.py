@@ -113,8 +113,8 @@ def continual_state(
     weight  (K, C / groups, KT, *kernel)
     stride, padding, dilation, groups: those of the steps; forms 'sum' and 'auto' ask for all of
             them, 'ring' for the temporal stride and dilation alone
-    form    'ring' (frames; a column has the bits of the clip), 'sum' (incomplete columns), or
-            'auto', the one with fewer bytes
+    form    'ring' (frames; a column has the bits that a clip has by the same algorithm and tile),
+            'sum' (incomplete columns), or 'auto', the one with fewer bytes
     start   'zeros': the first columns are those of zero padding in front of the stream, or
             'replicate', of its first frame repeated
     """
@@ -165,7 +165,9 @@ def continual_step(
     residual: Array | None = None,
     active: Array | Sequence[int] | None = None,
     update_state: bool = True,
+    algorithm: str = "auto",
     backend: str = "auto",
+    tolerance: float = planner.DEFAULT_TOLERANCE,
     max_workspace_bytes: int | None = None,
 ) -> Array:
     """One frame in, one output column out; `state` is written in place.
@@ -177,6 +179,8 @@ def continual_step(
     active    (N,) bool, or the numbers of the slots that have a frame now; None for all. Of the
               others nothing is read, and no state written
     update_state  False for a look ahead: the result as if the frame were fed, the state as before
+    algorithm  'auto', 'direct', or 'winograd': F(m, r) on the axes of a frame
+    backend, tolerance, max_workspace_bytes: as for `conv3d`
     result    (N, K, *out_frame); zeros for slots that are not active or whose column is not
               complete, which `state.emits` tells before the step
     stride, padding, dilation: as for the convolution over the whole stream (an int, or one per
@@ -188,35 +192,37 @@ def continual_step(
 
     Raises as `conv3d` does; the state is then untouched.
     """
-    op = "continual_step"
+    op, key, find = "continual_step", None, known_geometry
+    choice: dict[str, Any] = {
+        "algorithm": algorithm,
+        "backend": backend,
+        "tolerance": tolerance,
+        "max_workspace_bytes": max_workspace_bytes,
+    }
     tensor = is_tensor(input)
     if tensor:
         from . import torch_continual
 
+        options = (stride, padding, dilation, groups, activation, *choice.values())
+        key = torch_continual.key_of(input, state, weight, bias, residual, options)
+        ready = None if key is None else torch_continual.known(key)
+        if ready is not None:
+            mask = None if active is None else mask_of(op, active, input)
+            return ready.step(input, state, weight, bias, residual, mask, update_state)
+        input, bias, residual = _as_weights_are(weight, input, bias, residual)
         find = torch_continual.finder()
-    else:
-        find = known_geometry
     named = {"state": state.frames} if state.form == "ring" else {}
     ops.check_arrays(op, input=input, **named, weight=weight, bias=bias, residual=residual)
     geometry = find(op, input.shape, weight.shape, stride, padding, dilation, groups)
     ops.check_extras(op, geometry.out_channels, column_shape(geometry), bias, residual)
-    mask = _mask(op, active, input)
+    mask = mask_of(op, active, input)
+    epilogue = Epilogue(bias is not None, activation, residual is not None)
     if tensor:
         return torch_continual.continual_step(
-            input,
-            state,
-            weight,
-            bias,
-            geometry,
-            activation,
-            residual,
-            active=mask,
-            update_state=update_state,
-            backend=backend,
-            max_workspace_bytes=max_workspace_bytes,
-        )
+            input, state, weight, bias, geometry, epilogue, residual, mask, update_state,
+            key=key, **choice,
+        )  # fmt: skip
     check_state(op, state, geometry, input)
-    epilogue = Epilogue(bias is not None, activation, residual is not None)
     plan = step_plan(
         geometry,
         state.form,
@@ -224,8 +230,7 @@ def continual_step(
         dtype=str(input.dtype),
         epilogue=epilogue,
         layout=state_layout(op, state.frames, input),
-        backend=backend,
-        max_workspace_bytes=max_workspace_bytes,
+        **choice,
     )
     y = ops.empty(column_shape(geometry), input.dtype, plan.layout)
     if mask is not None or geometry.stride[0] > 1:
@@ -247,7 +252,9 @@ def continual_step_functional(
     activation: str = "none",
     residual: Array | None = None,
     active: Array | Sequence[int] | None = None,
+    algorithm: str = "auto",
     backend: str = "auto",
+    tolerance: float = planner.DEFAULT_TOLERANCE,
     max_workspace_bytes: int | None = None,
 ) -> tuple[Array, State]:
     """`continual_step` that leaves the state alone and returns the column with a new state.
@@ -255,7 +262,12 @@ def continual_step_functional(
     For training frame by frame: with tensors, gradients flow through both results to the input,
     the state, the weight, the bias and the residual.
     """
-    options: dict[str, Any] = {"backend": backend, "max_workspace_bytes": max_workspace_bytes}
+    options: dict[str, Any] = {
+        "algorithm": algorithm,
+        "backend": backend,
+        "tolerance": tolerance,
+        "max_workspace_bytes": max_workspace_bytes,
+    }
     if not is_tensor(input):
         state = state.save()
         y = continual_step(
@@ -266,6 +278,7 @@ def continual_step_functional(
     from . import torch_continual
 
     op = "continual_step_functional"
+    input, bias, residual = _as_weights_are(weight, input, bias, residual)
     named = {"state": state.frames} if state.form == "ring" else {}
     ops.check_arrays(op, input=input, **named, weight=weight, bias=bias, residual=residual)
     geometry = window_geometry(op, input.shape, weight.shape, stride, padding, dilation, groups)
@@ -274,7 +287,7 @@ def continual_step_functional(
     epilogue = Epilogue(bias is not None, activation, residual is not None)
     return torch_continual.continual_step_functional(
         input, state, weight, bias, geometry, epilogue, residual,
-        active=_mask(op, active, input), **options,
+        active=mask_of(op, active, input), **options,
     )  # fmt: skip
 
 
@@ -301,6 +314,7 @@ def continual_steps(
     The rest, and the errors, as for `continual_step`.
     """
     op = "continual_steps"
+    input, bias, residual = _as_weights_are(weight, input, bias, residual)
     ops.check_arrays(op, input=input, weight=weight, bias=bias, residual=residual)
     if len(input.shape) != len(weight.shape):
         raise GeometryError(
@@ -310,7 +324,7 @@ def continual_steps(
     frame = (*input.shape[:2], *input.shape[3:])
     geometry = window_geometry(op, frame, weight.shape, stride, padding, dilation, groups)
     check_state(op, state, geometry, input)
-    mask = _mask(op, active, input)
+    mask = mask_of(op, active, input)
     if not options.pop("update_state", True):
         state = state.save()
     times = range(input.shape[2])
@@ -357,6 +371,15 @@ def _phase(op: str, state: State, mask: Array | None) -> int:
             f"got {sorted(phases)}"
         )
     return phases.pop() if phases else 0
+
+
+def _as_weights_are(weight: Array, *arrays: Array | None) -> Sequence[Any]:
+    """What autocast may have made less precise than the weights; a state keeps its precision."""
+    if not is_tensor(weight):
+        return arrays
+    from . import torch_continual
+
+    return torch_continual.as_weights_are(weight, *arrays)
 
 
 def _check_axes(op: str, frame: Sequence[int], weight: Sequence[int]) -> None:
@@ -436,9 +459,20 @@ def state_shape(window: Geometry, form: str) -> tuple[int, ...]:
 
 
 def check_state(op: str, state: State, window: Geometry, input: Array) -> None:
-    """Raise if the state is not one of this window."""
+    """Raise if the state is not one of this window, and where the input is."""
+    arrays = {"state frames": state.frames, "state steps": state.steps}
+    ops.check_dense(op, input=input, **arrays)
+    for name, array in arrays.items():
+        if is_tensor(array) and array.device != input.device:
+            raise UnsupportedError(
+                f"{op}: input is on device {input.device}, but {name} are on {array.device}"
+            )
     frames, steps = ((tuple(a.shape), _dtype(a)) for a in (state.frames, state.steps))
     check_memory(op, window, _dtype(input), state.form, state.start, state.stride, frames, steps)
+    counters = state.steps
+    apart = counters.stride(0) if is_tensor(counters) else counters.strides[0]
+    if window.batch > 1 and not apart:
+        raise GeometryError(f"{op}: state steps must count every stream, got one counter for all")
 
 
 def check_memory(
@@ -491,19 +525,23 @@ def state_layout(op: str, frames: Array, input: Array) -> str:
     return layout
 
 
-def _mask(op: str, active: Any, input: Array) -> Array | None:
+def mask_of(op: str, active: Any, input: Array) -> Array | None:
     """(N,) bool of the kind of `input` from a mask or the numbers of slots."""
     if active is None:
         return None
     n, tensor = input.shape[0], is_tensor(input)
-    if hasattr(active, "dtype") and _dtype(active) == "bool":
+    array = hasattr(active, "dtype")
+    if array:
+        ops.check_dense(op, active=active)
+    if array and _dtype(active) == "bool":
         if tuple(active.shape) != (n,):
             raise GeometryError(f"{op}: active must have shape ({n},), got {tuple(active.shape)}")
         if is_tensor(active) != tensor or (tensor and active.device != input.device):
             raise UnsupportedError(f"{op}: active must be of the kind and on the device of input")
         return active.contiguous() if tensor else np.ascontiguousarray(active)
     slots = active.tolist() if hasattr(active, "tolist") else list(active)
-    if any(isinstance(slot, bool) or not 0 <= slot < n for slot in slots):
+    whole = (isinstance(s, (int, np.integer)) and not isinstance(s, bool) for s in slots)
+    if not all(whole) or not all(0 <= slot < n for slot in slots):
         raise GeometryError(f"{op}: active slots must be in 0 .. {n - 1}, got {slots}")
     mask = np.zeros(n, np.bool_)
     mask[slots] = True
@@ -515,21 +553,24 @@ def _mask(op: str, active: Any, input: Array) -> Array | None:
 
 
 def step_plan(window: Geometry, form: str, start: str, **choice: Any) -> Plan:
-    """The plan of a step; choice: as for `planner.plan`."""
-    plan = planner.plan(window, continual=True, **choice)
+    """The plan of a step; choice: as for `planner.plan`.
+
+    It is the plan of one stream, so that no stream's bits depend on how many there are.
+    """
+    plan = planner.plan(replace(window, batch=1), continual=True, **choice)
     options = {"sum": int(form == "sum"), "replicate": int(start == "replicate")}
     config = tuple((name, value) for name, value in options.items() if value)
-    if not config:
+    if not config and window.batch == 1:
         return plan
-    plan = replace(plan, config=config)
+    plan = replace(plan, geometry=window, config=config)
     limit = choice.get("max_workspace_bytes")
-    if limit is not None:  # which the planner held against the form of frames
+    if limit is not None:  # which the planner held against one stream in the form of frames
         elements = backends.kernel(plan.family, plan.backend).workspace_size(plan)
         size = elements * ELEMENT_BYTES[plan.dtype]
         if size > limit:
             raise UnsupportedError(
-                f"the form {form!r} on backend {plan.backend!r} needs {size:,} bytes of "
-                f"workspace, allowed are {limit:,}"
+                f"{window.batch} streams in form {form!r} on backend {plan.backend!r} need "
+                f"{size:,} bytes of workspace, allowed are {limit:,}"
             )
     return plan
 
@@ -551,6 +592,7 @@ def run_step(
     module = backends.kernel(plan.family, plan.backend)
     x, residual = ops.dense(x, plan.layout), ops.dense(residual, plan.layout)
     scratch = ops.workspace(module.workspace_size(plan), y.dtype)
+    bias = ops.flat(bias)
     module.run(
         plan, x, packed, bias, residual, state.frames, state.steps, y, scratch, active, update
     )

@@ -37,7 +37,7 @@ class Rate:
     call_ms: float = 0.02
 
 
-# A step of a stream multiplies as fast as the family of its window: depthwise or grouped.
+# A step of a stream computes as fast as the family of its window: depthwise, grouped or winograd.
 FAST = {
     ("c", "winograd"): Rate(118, 52, call_ms=0.004),
     ("c", "depthwise"): Rate(70, bytes=60, call_ms=0.004),
@@ -58,6 +58,8 @@ SLOW = Rate(0.5, 0.05, 1.0, 0.2)
 # Slower cases, in multiplications per nanosecond and thread.
 STRIDED_DEPTHWISE = 0.6  # of the usual rate: neighbours share fewer inputs
 PIXELS_IN_LANES = 108.0  # several groups: output pixels in the lanes
+# Winograd there: inputs and outputs per nanosecond and transformed axis, and of V and M.
+LANES_AXIS, LANES_POINTS = 5.4, 25.0
 TORCH_GROUPS = 45.0  # oneDNN with few channels per group
 TORCH_POINTWISE = 80.0  # equal to ours on X3D-M's maps, half or less on X3D-S's
 TORCH_THIN = 15.0  # oneDNN with fewer than 8 input channels
@@ -86,7 +88,7 @@ def estimate_ms(plan: Plan) -> float:
         return sum(map(estimate_ms, costs_cuda.stages(plan)))  # PyTorch runs one after the other
     rate, workers = FAST.get((plan.backend, plan.family), SLOW), threads()
     compute = multiplications(plan) * _padding(plan) / _per_ns(plan, rate)
-    compute += _transform_operations(plan) / rate.transforms
+    compute += _transforms(plan, rate)
     moved = costs_cuda.moved_bytes(plan)
     memory = moved / (rate.bytes * (IN_CACHE if moved <= CACHE_BYTES // 2 else 1.0))
     hidden = max(compute / workers, memory)
@@ -103,6 +105,17 @@ def threads() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
+def _transforms(plan: Plan, rate: Rate) -> float:
+    """Nanoseconds of one thread."""
+    geometry = plan.geometry
+    if plan.family == "winograd" and isinstance(geometry, Geometry) and geometry.groups > 1:
+        values = prod(geometry.x_shape) + prod(geometry.y_shape)
+        tiled = [t.alpha / t.m for t in plan.transforms if t.m > 1]
+        moved = values * (len(tiled) / LANES_AXIS + prod(tiled) / LANES_POINTS)
+        return moved * _vector_share() if plan.backend == "c" else moved
+    return _transform_operations(plan) / _rate_of_window(plan, rate).transforms
+
+
 def _transform_operations(plan: Plan) -> float:
     """Of the input and output transforms; the depthwise stage of a block sums in its products."""
     if plan.family == "hfa":
@@ -114,6 +127,22 @@ def _transform_operations(plan: Plan) -> float:
         plan = replace(plan, family="winograd", geometry=geometry, transforms=(time, one, one))
     c = of_plan(plan)
     return float(c.transform_additions + c.transform_shifts + c.transform_multiplications)
+
+
+def _window_family(plan: Plan) -> str:
+    """The family that computes a stream's columns."""
+    g = plan.geometry
+    assert isinstance(g, Geometry)
+    if plan.transforms:
+        return "winograd"
+    return "depthwise" if g.is_depthwise and g.groups > 1 else "grouped"
+
+
+def _rate_of_window(plan: Plan, rate: Rate) -> Rate:
+    """Of the family that computes a stream's columns; of other plans their own."""
+    if plan.family != "continual":
+        return rate
+    return FAST.get((plan.backend, _window_family(plan)), SLOW)
 
 
 def _padding(plan: Plan) -> float:
@@ -131,8 +160,7 @@ def _per_ns(plan: Plan, rate: Rate) -> float:
         return usual
     family = plan.family
     if family == "continual":
-        family = "depthwise" if geometry.is_depthwise and geometry.groups > 1 else "grouped"
-        usual = FAST.get((plan.backend, family), SLOW).multiplications
+        family, usual = _window_family(plan), _rate_of_window(plan, rate).multiplications
     if family == "depthwise" and max(geometry.stride) > 1:
         usual *= STRIDED_DEPTHWISE
     if plan.backend != "torch":
@@ -149,6 +177,19 @@ def _per_ns(plan: Plan, rate: Rate) -> float:
     if prod(geometry.kernel[1:]) > 1 and (few or plan.family == "continual"):
         return min(usual, TORCH_FEW_PIXELS)
     return min(usual, TORCH_POINTWISE) if geometry.taps == 1 else usual
+
+
+def _vector_share() -> float:
+    """Lanes of the C backend's vectors, of those that the rates were measured with. Where there are
+    fewer, everything multiplies more slowly, but values move as fast: they count for less.
+    """
+    from . import backends
+
+    if backends.available()["c"] is not None:
+        return 1.0
+    from .c_kernels import launch
+
+    return launch.lanes() / LANES
 
 
 def _layout_copies(plan: Plan) -> float:
@@ -171,7 +212,8 @@ def _window(plan: Plan) -> float:
 def _streaming(plan: Plan, workers: int) -> float:
     """Nanoseconds that a Winograd kernel waits for its transformed weights."""
     geometry = plan.geometry
-    if plan.family != "winograd" or not isinstance(geometry, Geometry):
+    streamed = plan.family in ("winograd", "continual") and bool(plan.transforms)
+    if not streamed or not isinstance(geometry, Geometry) or geometry.groups > 1:
         return 0.0
     weight_bytes = of_plan(plan).weight_bytes
     tiles = geometry.batch * prod(

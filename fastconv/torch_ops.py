@@ -17,7 +17,8 @@ from . import torch_ops_vmap, winners
 from .epilogue import Epilogue
 from .geometry import Geometry, SeparableGeometry
 from .torch_ops_block import ACTIVATIONS as _ACTIVATIONS
-from .torch_ops_conv import plan_for, remember, routes
+from .torch_ops_conv import known as known
+from .torch_ops_conv import plan_for, remember
 from .torch_ops_packed import ON_TENSORS as ON_TENSORS
 from .torch_ops_packed import PackedWeights as PackedWeights
 from .torch_ops_packed import _packed as _packed
@@ -49,20 +50,19 @@ def key_of(
     if not is_plain(input, weight, bias, residual):
         return None
     try:
-        hash(options)
-    except TypeError:  # lists of numbers, or of pairs
-        options = tuple(map(repr, options))
-    return (
-        input.shape,
-        input.stride(),
-        input.dtype,
-        None if input.is_cpu else (input.device, precision_of(input)),
-        weight.shape,
-        None if bias is None else bias.shape,
-        None if residual is None else residual.shape,
-        options,
-        winners.generation(),
-    )
+        return (
+            input.shape,
+            input.stride(),
+            input.dtype,
+            None if input.is_cpu else (input.device, precision_of(input)),
+            weight.shape,
+            None if bias is None else bias.shape,
+            None if residual is None else residual.shape,
+            options,
+            winners.generation(),
+        )
+    except RuntimeError:  # a weight without a shape; the door refuses it
+        return None
 
 
 def as_autocast_does(*tensors: Any) -> list[Any]:
@@ -74,16 +74,6 @@ def as_autocast_does(*tensors: Any) -> list[Any]:
                 return cast_by_autocast(device, tensors)
             break
     return list(tensors)
-
-
-def again(
-    key: Any, input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
-) -> Tensor | None:
-    """The convolution whose key was seen before; None if it was not."""
-    found = routes.get(key)
-    if found is None:
-        return None
-    return found(input, held_weights(weight).form(found, weight), bias, residual)
 
 
 def _sharded(*tensors: Tensor) -> bool:

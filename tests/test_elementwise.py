@@ -165,3 +165,78 @@ def test_a_pointwise_convolution_scales_what_it_reads(small, activation, channel
     bound = 2**-24 * (channels + 16) * (np.abs(z) + 4 * channels**0.5).max()
     assert np.abs(y - np.maximum(z, 0)).max() <= bound
     assert (fence == 7).all()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("slots", [0, 3, 4])
+@pytest.mark.parametrize("floats", [1, 37, 70_000])
+def test_ring(small, floats, slots, threads):
+    """Streams at places of their own, one of them not active; in memory either may come first."""
+    entries, streams = 3, 3
+    total = slots or streams
+    shape = (entries, total, floats) if slots else (streams, entries, floats)
+    memory, fence = fenced(*shape)
+    memory[...] = random(*shape)
+    x, steps = random(streams, floats, seed=1), np.array([5, 0, 7])
+    active = np.array([1, 1, 0], np.uint8)
+    before, (y, y_fence) = memory.copy(), fenced(streams, floats)
+    y[...] = 9
+    params = small.ring((streams, 1, floats), entries, slots)
+    small.lib.fc_run_ring(params, *map(address, (x, memory, steps, y, active)), threads)
+    want, want_y = before, np.full_like(y, 9)
+    for n, step in ((0, 5), (1, 0)):
+        entry = want[step % entries, n] if slots else want[n, step % entries]
+        want_y[n] = entry
+        entry[...] = x[n]
+    np.testing.assert_array_equal(memory, want)
+    np.testing.assert_array_equal(y, want_y)
+    assert steps.tolist() == [6, 1, 7]
+    assert (fence == 7).all()
+    assert (y_fence == 7).all()
+    small.lib.fc_run_ring(params, 0, address(memory), address(steps), address(y), 0, threads)
+    assert steps.tolist() == [6, 1, 7]  # a look at what would leave
+    np.testing.assert_array_equal(y[2], want[1, 2] if slots else want[2, 1])
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("reach", "dilation"), [(1, 1), (4, 1), (6, 2)])
+@pytest.mark.parametrize("floats", [1, 37, 40_000])
+@pytest.mark.parametrize("reduce", ["mean", "sum", "max"])
+def test_window(small, reduce, floats, reach, dilation, threads):
+    """Two streams of three, at places of their own."""
+    memory, x = random(reach, 3, floats), random(2, floats, seed=1)
+    steps, (y, fence) = np.array([0, 2 * reach + 1]), fenced(2, floats)
+    memory[0, 0, 0] = np.nan
+    params = small.window((2, 1, floats), reach, reduce, dilation, slots=3)
+    small.lib.fc_run_window(params, *map(address, (x, memory, steps, y)), threads)
+    for n, step in enumerate(steps):
+        kept = [memory[(step - age) % reach, n] for age in range(reach, 0, -dilation)]
+        stack = np.stack([*kept, x[n]])
+        want = getattr(stack.astype(np.float64), reduce)(0)
+        bound = 2**-24 * len(stack) * np.abs(stack).sum(0)
+        if reduce == "max":
+            np.testing.assert_array_equal(y[n], want.astype(np.float32))
+        else:
+            assert ((np.abs(y[n] - want) <= bound) | np.isnan(want)).all()
+            np.testing.assert_array_equal(np.isnan(y[n]), np.isnan(want))
+    assert (fence == 7).all()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_calls_are_played_in_order(small, threads):
+    """Many short loops, each of what the one before wrote, with more threads than cores."""
+    from fastconv.c_kernels.launch import ffi
+
+    count, shape = 200, (1, 3000, 20)
+    ones, (x, fence) = np.ones(shape, np.float32), fenced(*shape)
+    x[...] = random(*shape)
+    want = x + np.float32(0)
+    params = small.blend(channels_first(*shape))
+    calls = ffi.new("fc_call[]", count)
+    for call in calls:
+        call.kind, call.params = small.lib.FC_CALL_BLEND, params
+        call.x, call.residual, call.y = address(x), address(ones), address(x)
+        want = want + ones
+    small.lib.fc_play(calls, count, 0, threads)
+    np.testing.assert_array_equal(x, want)
+    assert (fence == 7).all()

@@ -12,7 +12,8 @@ import numpy as np
 from ..epilogue import Epilogue
 from ..geometry import Geometry
 from ..plan import Plan
-from . import depthwise, grouped, launch
+from ..transforms import transform
+from . import depthwise, grouped, launch, winograd
 from .launch import Packed, ffi
 
 CONFIGS: tuple[dict[str, int], ...] = ({},)
@@ -23,10 +24,26 @@ def supports(geometry: Geometry, dtype: str, epilogue: Epilogue) -> str | None:
     return launch.refuse_dtype(dtype)
 
 
+def refuses(plan: Plan) -> str | None:
+    """None, or the reason against the transforms of a plan."""
+    if not plan.transforms:
+        return None
+    time, *space = plan.transforms
+    if time.m > 1:
+        return f"a stream has one column at a time, not {time.m}"
+    if not any(t.m > 1 and t.r > 1 for t in space):
+        return "no axis of a frame has a transform"
+    assert isinstance(plan.geometry, Geometry)
+    if plan.geometry.groups > 1:
+        return f"streams by winograd are for one group, not {plan.geometry.groups}"
+    reason = winograd.supports(plan.geometry, plan.dtype, plan.epilogue)
+    return reason or winograd.refuses(_clip(plan)[1])
+
+
 @functools.lru_cache(maxsize=1024)
-def _clip(plan: Plan) -> tuple[ModuleType, Plan]:
-    """The module and the plan that compute columns from the frames of their taps alone; for the
-    option `sum`, of one tap of one stream.
+def _clip(plan: Plan) -> tuple[ModuleType, Plan, tuple[Geometry, ...]]:
+    """The module and the plan that compute columns from the frames of their taps alone, and the
+    geometry whose clips they follow, if they ask; for the option `sum`, of one tap of one stream.
     """
     g = plan.geometry
     # Three axes with time in front: fewer would be lifted with theirs behind.
@@ -51,9 +68,15 @@ def _clip(plan: Plan) -> tuple[ModuleType, Plan]:
         dilation=dilation,
         in_size=(kernel[0], *(1,) * (3 - g.n), *g.in_size[1:]),
     )
+    if plan.transforms:
+        one, space = transform(1, 1), plan.transforms[1:]
+        transforms = (transform(1, kernel[0]), *(one,) * (3 - g.n), *space)
+        inner = replace(plan, family="winograd", transforms=transforms)
+        return winograd, replace(inner, geometry=window, config=())
     single = g.is_depthwise and g.groups > 1
     module, family = (depthwise, "depthwise") if single else (grouped, "grouped")
-    return module, replace(plan, family=family, geometry=window, config=())
+    follows = () if single or sums else (g,)
+    return module, replace(plan, family=family, geometry=window, config=()), follows
 
 
 def prepack(weights: np.ndarray, plan: Plan) -> Packed:
@@ -62,10 +85,10 @@ def prepack(weights: np.ndarray, plan: Plan) -> Packed:
     With the option `sum` tap by tap.
     """
     g = plan.geometry
-    module, clip = _clip(plan)
+    module, clip, follows = _clip(plan)
     k, c, _, *size = clip.geometry.w_shape
     if not plan.options.get("sum"):
-        inner = module.prepack(np.reshape(weights, clip.geometry.w_shape), clip)
+        inner = module.prepack(np.reshape(weights, clip.geometry.w_shape), clip, *follows)
         return _packed(plan, clip, inner, inner.weights, {})
     inner, *others = (
         module.prepack(np.reshape(w, (k, c, 1, *size)), clip) for w in np.moveaxis(weights, 2, 0)
@@ -102,8 +125,8 @@ def _packed(
 
 def workspace_size(plan: Plan) -> int:
     """Elements of plan.dtype that `run` needs as scratch."""
-    module, clip = _clip(replace(plan, layout=launch.CHANNELS_LAST))
-    own = module.workspace_size(clip) - launch.copies_size(clip)
+    module, clip, follows = _clip(replace(plan, layout=launch.CHANNELS_LAST))
+    own = module.workspace_size(clip, *follows) - launch.copies_size(clip)
     return own + launch.copies_size(plan)
 
 

@@ -1,4 +1,5 @@
-"""What stands between the convolutions of a network (csrc/elementwise.h), on channels-last arrays.
+"""What stands between the convolutions of a network (csrc/elementwise.h), on channels-last arrays,
+and the columns that a stream keeps there (csrc/play.h).
 
 Each function makes the C structure of one step, for the instruction set of now; `lib.fc_run_*` run
 it on addresses. No family and no plan: there is one way to do it.
@@ -14,7 +15,9 @@ from ..geometry import Geometry
 from . import launch
 from .launch import ffi, lib
 
-__all__ = ["blend", "lib", "means", "means_size", "pool", "turn"]
+__all__ = ["REDUCTIONS", "blend", "lib", "means", "means_size", "pool", "ring", "turn", "window"]
+
+REDUCTIONS = ("mean", "sum", "max")  # in the order of csrc/elementwise.h
 
 
 def _common(**fields: Any) -> dict[str, Any]:
@@ -64,3 +67,35 @@ def pool(geometry: Geometry, *, mean: bool = False, counted: bool = False) -> An
 def turn(images: int, rows: int, columns: int) -> Any:
     """Matrices (rows, columns) transposed: contiguous to channels last with C rows, or back."""
     return ffi.new("fc_turn *", _common(images=images, rows=rows, columns=columns))
+
+
+def window(
+    shape: tuple[int, ...], reach: int, reduce: str, dilation: int = 1, slots: int = 0
+) -> Any:
+    """Columns x of this shape (N, C, *size) with the kept ones that are `dilation`, twice that, ...
+    `reach` columns old, in a ring of `reach` entries as below."""
+    floats = prod(shape[1:])
+    fields = _common(
+        reduce=REDUCTIONS.index(reduce),
+        streams=shape[0],
+        floats=floats,
+        taps=reach // dilation + 1,
+        dilation=dilation,
+        ring=reach,
+        entry_stride=(slots or shape[0]) * floats,
+    )
+    return ffi.new("fc_window *", fields)
+
+
+def ring(shape: tuple[int, ...], entries: int, slots: int = 0) -> Any:
+    """Some streams, of columns of this shape (N, C, *size), of a ring (entries, slots, ...); slots
+    0: of one (N, entries, ...)."""
+    floats = prod(shape[1:])
+    fields = {
+        "streams": shape[0],
+        "ring": entries,
+        "floats": floats,
+        "stream_stride": floats if slots else entries * floats,
+        "entry_stride": slots * floats if slots else floats,
+    }
+    return ffi.new("fc_ring *", fields)

@@ -53,7 +53,8 @@ class Schedule:
             geometry.stride[a] if t.r > 1 else geometry.kernel[a]
             for a, t in zip(self.axes, self.transforms, strict=True)
         ]
-        self.phases = [min(s, geometry.kernel[a]) for a, s in zip(self.axes, self.split, strict=True)]
+        kernel = [geometry.kernel[a] for a in self.axes]
+        self.phases = list(map(min, self.split, kernel))
         self.counts = [
             -(-geometry.out_size[a] // t.m) for a, t in zip(self.axes, self.transforms, strict=True)
         ]
