@@ -223,6 +223,10 @@ def continual_step(
             key=key, **choice,
         )  # fmt: skip
     check_state(op, state, geometry, input)
+    if update_state and not (state.frames.flags.writeable and state.steps.flags.writeable):
+        raise UnsupportedError(
+            f"{op}: the state is read-only; only update_state=False leaves it so"
+        )
     plan = step_plan(
         geometry,
         state.form,

@@ -23,7 +23,7 @@ from .torch_autograd import (
     through_activation,
 )
 from .torch_ops_gradients import plan_of_fresh_weights
-from .torch_ops_packed import held_weights
+from .torch_ops_packed import PackedWeights, held_weights
 from .torch_ops_register import define, register
 from .torch_ops_runner import Runner, dtype_of, new_dense, precision_of, runner
 
@@ -93,11 +93,11 @@ def run(
     tolerance: float = 4.0,
     max_workspace_bytes: int | None = None,
     op: str = "conv",
-    frozen: Tensor | None = None,
+    held: PackedWeights | None = None,
 ) -> Tensor:
     """The operator's implementation; arguments are checked when they come for the first time.
 
-    op, frozen  of another operator: its name, and what it was given in the place of the weight
+    op, held  of another operator: its name, and the packed forms of its weights
     """
     fresh = weight.requires_grad and torch.is_grad_enabled()  # in the next call they are others
     key = (
@@ -127,8 +127,8 @@ def run(
             max_workspace_bytes=max_workspace_bytes,
         )  # fmt: skip
         found = remember(key, plan)
-    held = held_weights(weight) if frozen is None else held_weights(frozen, True)
-    return found(input, held.form(found, weight), bias, residual)
+    packed = (held or held_weights(weight)).form(found, weight)
+    return found(input, packed, bias, residual)
 
 
 def _checked_plan(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,7 @@ class PackedWeights:
         self._counted, self._strides = self._version >= 0, weight.stride()
         self._sample = _sample(weight)
         self._values = self._sample.tobytes()
+        self._shapes: dict[tuple[int, ...], Tensor] = {}
         # By runner: the form, stream and event of its packing, what it was packed together with.
         self._packed: dict[Any, tuple[Any, Any, Any, tuple[Any, ...]]] = {}
 
@@ -98,6 +100,14 @@ class PackedWeights:
                 return packed
             held = self._packed[runner] = (packed, *_moment(weights[0]), others)
         return self._current(held, weights[0])
+
+    def shaped(self, weight: Tensor, size: Sequence[int], shape: Callable[..., Tensor]) -> Tensor:
+        """`shape(weight, size)`, a view, which is asked for once."""
+        key = tuple(size)
+        found = self._shapes.get(key)
+        if found is None:
+            found = self._shapes[key] = shape(weight.detach(), key)
+        return found
 
     def drop(self) -> None:
         """Pack again when a form is asked for next."""

@@ -25,6 +25,7 @@ from .torch_autograd import (
     through_activation,
 )
 from .torch_ops_conv import result_shape, run
+from .torch_ops_packed import held_weights
 from .torch_ops_register import define, register
 from .torch_ops_runner import new_dense
 
@@ -47,13 +48,13 @@ def freeze(weight: Tensor) -> Tensor:
     return weight.detach().clone(memory_format=torch.contiguous_format).reshape(-1)
 
 
-def _weight(packed: Tensor, size: Sequence[int]) -> Tensor:
+def _weight(packed: Tensor, size: tuple[int, ...]) -> Tensor:
     if packed.dim() != 1 or packed.numel() != prod(size):
         raise GeometryError(
             f"conv_prepacked: packed must have shape ({prod(size)},) for weights of size "
-            f"{tuple(size)}, got {tuple(packed.shape)}"
+            f"{size}, got {tuple(packed.shape)}"
         )
-    return packed.view(tuple(size))
+    return packed.view(size)
 
 
 def _impl(
@@ -72,9 +73,11 @@ def _impl(
     tolerance: float = 4.0,
     max_workspace_bytes: int | None = None,
 ) -> Tensor:
+    held = held_weights(packed, True)
     return run(
-        input, _weight(packed, weight_size), bias, stride, padding, dilation, groups, activation,
-        residual, algorithm, backend, tolerance, max_workspace_bytes, "conv_prepacked", packed,
+        input, held.shaped(packed, weight_size, _weight), bias, stride, padding, dilation, groups,
+        activation, residual, algorithm, backend, tolerance, max_workspace_bytes, "conv_prepacked",
+        held,
     )  # fmt: skip
 
 

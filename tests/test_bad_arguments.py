@@ -242,3 +242,32 @@ def test_steps_of_arrays_with_a_strided_bias(backend):
         for b in (bias[::-2], bias[::-2].copy())
     )
     assert (got == want).all()
+
+
+def read_only(array):
+    array = array.copy()
+    array.setflags(write=False)
+    return array
+
+
+@pytest.mark.parametrize("backend", CPU)
+@pytest.mark.parametrize("form", continual.FORMS)
+def test_arrays_that_are_read_only(backend, form):
+    """As maps of files are: inputs and weights are read, states refused before they are written."""
+    x, w, b = (read_only(t.numpy()) for t in (X, W, B))
+    got = fastconv.conv3d(x, w, b, backend=backend)
+    torch.testing.assert_close(
+        torch.from_numpy(got), torch.nn.functional.conv3d(X, W, B), rtol=1e-4, atol=1e-4
+    )
+    frame, state = read_only(x[:, :, 0]), fastconv.continual_state(x[:, :, 0], w, form=form)
+    want = fastconv.continual_step(frame, state, w, b, update_state=False, backend=backend)
+    for frames, steps in (
+        (read_only(state.frames), state.steps),
+        (state.frames, read_only(state.steps)),
+    ):
+        fixed = continual.State(frames, steps, form)
+        with pytest.raises(UnsupportedError, match="the state is read-only"):
+            fastconv.continual_step(frame, fixed, w, b, backend=backend)
+        assert not fixed.steps.any()
+        y = fastconv.continual_step(frame, fixed, w, b, update_state=False, backend=backend)
+        assert (y == want).all()

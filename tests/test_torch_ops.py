@@ -264,7 +264,10 @@ def test_packed_weights_die_with_their_tensor():
     before = len(torch_ops._packed)
     fastconv.conv3d(x, w)
     assert len(torch_ops._packed) == before + 1
-    del w
+    frozen = torch_ops.freeze(w)
+    torch.ops.fastconv.conv_prepacked(x, frozen, None, [*w.shape], [1] * 3, [0] * 6, [1] * 3, 1)
+    assert len(torch_ops._packed) == before + 2
+    del w, frozen
     assert len(torch_ops._packed) == before
 
 
