@@ -5,10 +5,12 @@
 #include "depthwise_tile.h"
 
 enum {
-    DW_SERIAL = 1 << 18,       /* multiplications below which starting threads would not pay */
-    DW_NEAR_VECTORS = 64 / VL, /* of channels in a region: rows, and their weights, stay in L1 */
-    DW_NEAR_BYTES = 40 << 10,  /* of input that a region reads for an output frame: stays in L1 */
-    DW_FAR_BYTES = 16 << 20    /* of x and y: some of it is in memory, which answers late */
+    DW_SERIAL = 1 << 18,        /* multiplications below which starting threads would not pay */
+    DW_NEAR_VECTORS = 64 / VL,  /* of channels in a region: rows, and their weights, stay in L1 */
+    DW_ROLL_VECTORS = 128 / VL, /* the same where regions roll, as they read one plane at a time */
+    DW_NEAR_BYTES = 40 << 10,   /* of input that a region reads for an output frame: stays in L1 */
+    DW_FAR_BYTES = 16 << 20,    /* of x and y: some of it is in memory, which answers late */
+    DW_FAR_ROWS = 2             /* of a region then: what it asks for stays in L1 as well */
 };
 
 static int64_t dw_vectors(const fc_geometry *g) { return fc_ceil_div(g->out_channels, VL); }
@@ -39,7 +41,7 @@ static uint64_t dw_inside(int64_t first, int64_t count, int64_t size) {
    strips, groups, chunks   of rows, of vectors, of frames
    parts    groups that an item goes through one after another, region by region
    through  regions go through the frames; rolled: by dw_rolled
-   ahead    ask for what later tiles read
+   ahead    ask for what later tiles read, and write through the frames
    stream   write past the caches */
 typedef struct {
     const fc_depthwise *d;
@@ -181,7 +183,7 @@ static void dw_through(const dw_job *j, dw_tile *tile, const float **planes, con
 static void dw_rolled(const dw_job *j, dw_tile *tile, const float **planes, const dw_region *r,
                       int64_t from, int64_t to) {
     const fc_geometry *g = &j->d->geometry;
-    vec sums[ROLL_ROWS][DW_NEAR_VECTORS][ROLL_TAPS - 1][ROLL_COLS];
+    vec sums[ROLL_ROWS][DW_ROLL_VECTORS][ROLL_TAPS - 1][ROLL_COLS];
     const float *bias = j->a->bias[0];
     for (int64_t v = r->vector; v < r->last_vector; v++) {
         vec start = bias ? vload(bias + dw_channel(g, v)) : vzero();
@@ -213,7 +215,7 @@ static void dw_item(void *context, int64_t item, int thread) {
     dw_tile tile = {.frames = planes, .x_row = g->in_size[2] * g->in_channels,
                     .x_col = g->in_channels, .y_row = g->out_size[2] * g->out_channels,
                     .y_col = g->out_channels, .activation = j->d->activation, .stream = j->stream};
-    tile.y_plane = g->out_size[1] * tile.y_row;
+    if (j->through && !j->stream) tile.y_ahead = g->out_size[1] * tile.y_row;
     dw_region r = {.image = item / (j->chunks * j->strips * j->groups),
                    .top = dw_share(g->out_size[1], strip, j->strips),
                    .bottom = dw_share(g->out_size[1], strip + 1, j->strips)};
@@ -238,9 +240,10 @@ static void dw_cut(dw_job *j, int threads) {
     j->wide = g->out_size[2];
     int far = !j->frames && dw_bytes(g) > DW_FAR_BYTES;
     j->ahead = far && j->kind && (j->through || g->kernel[0] == 1);
-    int64_t deep = far && !j->through ? vectors : fc_min(vectors, DW_NEAR_VECTORS);
+    int64_t deep = fc_min(vectors, j->rolled ? DW_ROLL_VECTORS : DW_NEAR_VECTORS);
+    if (far && !j->through) deep = vectors;
     if (j->through && (j->rolled || frame * g->kernel[0] * deep > DW_NEAR_BYTES)) {
-        j->high = j->rolled ? ROLL_ROWS : TILE_ROWS;
+        j->high = j->rolled ? ROLL_ROWS : far ? DW_FAR_ROWS : TILE_ROWS;
         j->wide = j->cols;
     }
     j->groups = far ? 1 : fc_ceil_div(vectors, deep);

@@ -102,10 +102,10 @@ static int64_t dw_bytes(const fc_geometry *g) {
 }
 
 /* Whether y is to be written past the caches, which otherwise read its old content before, and give
-   up x for it: vectors that begin in steps of `step` elements must be cache lines. */
+   up x for it. What is written in turn must be whole cache lines: it begins in steps of `step`. */
 static int dw_streams(const fc_geometry *g, const float *y, int64_t step) {
-    return VL == 16 && dw_bytes(g) > DW_STREAM_BYTES && step % VL == 0 &&
-           (uintptr_t)y % (VL * sizeof(float)) == 0;
+    return dw_bytes(g) > DW_STREAM_BYTES && step % FC_LINE == 0 &&
+           (uintptr_t)y % (FC_LINE * sizeof(float)) == 0;
 }
 
 /* An item is a part of the axis, for a chunk of the elements behind it. */

@@ -46,10 +46,7 @@ INLINE void roll_body(int kh, int kw, int sh, int sw, int edge, int first, int l
             sum[1][j] = waiting[ROLL_COLS + j];
             sum[2][j] = start;
         }
-        tile_ahead(sh, ROLL_COLS * sw, g, channel);
-        if (!last && g->next_x) /* few outputs: for them as well */
-            for (int j = 0; j < ROLL_COLS; j++)
-                prefetch_write(g->y + channel + g->y_plane + j * g->y_col);
+        tile_ahead(sh, ROLL_COLS * sw, 1, ROLL_COLS, g, channel);
         const float *row = g->frames[0] + g->at + channel, *w = g->weights + v * g->w_vector;
         UNROLL
         for (int r = 0; r < kh; r++, row += g->x_row, w += kw * VL) {

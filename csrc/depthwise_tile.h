@@ -16,8 +16,9 @@
    weights    of the first plane's taps; w_plane to the next one's, w_vector to the next vector's
    bias, residual  at the tile's channel, or NULL; residual has the strides of y
    next_x     inputs of a later tile, to ask for meanwhile; NULL for nothing
-   sums, y_plane  of tiles that roll, see depthwise_roll.h: what frames wait with; to the next frame
-   stream     y is written past the caches: every vector of it is a whole cache line */
+   y_ahead    how far away its outputs are, which are asked for as well; 0 for none
+   sums       what the frames of tiles that roll wait with, see depthwise_roll.h
+   stream     y is written past the caches: its pixels are whole cache lines */
 typedef struct {
     const float *const *frames;
     int64_t count, at, x_row, x_col;
@@ -26,7 +27,7 @@ typedef struct {
     const float *weights, *bias, *residual;
     int64_t w_plane, w_vector;
     float *y, *sums;
-    int64_t y_row, y_col, y_plane;
+    int64_t y_row, y_col, y_ahead;
     const float *next_x;
     int activation, stream;
 } dw_tile;
@@ -40,15 +41,23 @@ INLINE vec dw_held(vec v) {
     return v;
 }
 
-/* Ask for the share of the current vector in a later tile: rows and columns that no tile between
-   reads. Not for outputs: a core has few requests under way, and stores can wait. */
-INLINE void tile_ahead(int rows, int cols, const dw_tile *g, int64_t channel) {
+/* Ask for the share of the current vector in a later tile; in_rows and in_cols are what that tile
+   reads and the ones between did not. */
+INLINE void tile_ahead(int in_rows, int in_cols, int rows, int cols, const dw_tile *g,
+                       int64_t channel) {
     if (!g->next_x) return;
     UNROLL
-    for (int r = 0; r < rows; r++) {
+    for (int r = 0; r < in_rows; r++) {
         const float *p = g->next_x + channel + r * g->x_row;
         UNROLL
-        for (int q = 0; q < cols; q++, p += g->x_col) prefetch(p);
+        for (int q = 0; q < in_cols; q++, p += g->x_col) prefetch(p);
+    }
+    if (!g->y_ahead) return;
+    UNROLL
+    for (int i = 0; i < rows; i++) {
+        const float *p = g->y + g->y_ahead + channel + i * g->y_row;
+        UNROLL
+        for (int j = 0; j < cols; j++, p += g->y_col) prefetch_write(p);
     }
 }
 
@@ -106,7 +115,7 @@ INLINE void tile_body(int rows, int cols, int kh, int kw, int sh, int sw, int ed
         vec sum[MOST_TILE_OUTS], start = g->bias ? vload(g->bias + channel) : vzero();
         UNROLL
         for (int i = 0; i < rows * cols; i++) sum[i] = start;
-        tile_ahead(rows * sh, cols * sw, g, channel);
+        tile_ahead(rows * sh, cols * sw, rows, cols, g, channel);
         const float *w = g->weights + v * g->w_vector;
         for (int64_t k = 0; k < g->count; k++, w += g->w_plane) {
             const float *row = g->frames[k] + g->at + channel;

@@ -65,9 +65,13 @@ INLINE void vstore_n(float *p, vec v, int64_t n) {
     for (int64_t i = 0; i < n; i++) p[i] = v[i];
 }
 #endif
-/* Past the caches, where a vector is a cache line and p begins one; vdrain() before others read it. */
+/* Past the caches, p being a multiple of a vector: for cache lines that are written whole, and soon.
+   vdrain() before others read them. */
 #if VL == 16
 INLINE void vstream(float *p, vec v) { _mm512_stream_ps(p, v); }
+INLINE void vdrain(void) { _mm_sfence(); }
+#elif VL == 8
+INLINE void vstream(float *p, vec v) { _mm256_stream_ps(p, v); }
 INLINE void vdrain(void) { _mm_sfence(); }
 #else
 INLINE void vstream(float *p, vec v) { vstore(p, v); }

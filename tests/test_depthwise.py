@@ -256,15 +256,20 @@ def test_numba_bits_do_not_depend_on_the_number_of_threads(kernel_size, config):
 @pytest.mark.parametrize("at_end", [True, False])
 @pytest.mark.parametrize("config", [UNROLLED, LOOPED], ids=["unrolled", "looped"])
 @pytest.mark.parametrize(
-    ("kernel_size", "multiplier"),
-    [((3, 3, 3), 1), ((3, 1, 1), 1), ((3, 3, 3), 2)],
-    ids=["tiles", "lines", "multiplier"],
+    ("kernel_size", "stride", "width", "multiplier"),
+    [
+        ((3, 3, 3), 1, 9, 1),
+        ((3, 3, 3), (1, 2, 2), 28, 1),
+        ((3, 1, 1), 1, 9, 1),
+        ((3, 3, 3), 1, 9, 2),
+    ],
+    ids=["tiles", "strided", "lines", "multiplier"],
 )
 def test_nothing_outside_the_arrays_is_read_or_written(
-    backend, layout, at_end, config, kernel_size, multiplier
+    backend, layout, at_end, config, kernel_size, stride, width, multiplier
 ):
     padding = tuple(k // 2 for k in kernel_size)
-    geometry = geometry_of(19, (3, 5, 9), kernel_size, 1, padding, multiplier=multiplier)
+    geometry = geometry_of(19, (3, 5, width), kernel_size, stride, padding, multiplier=multiplier)
     plan = plan_for(backend, geometry, "float32", layout, Epilogue(True, "none", True), config)
     if backend == "triton" and not interpreted():
         pytest.skip("a GPU does not see pages of the CPU")
