@@ -34,8 +34,9 @@ def main(args: argparse.Namespace) -> int:
     chosen.sort(key=lambda case: case.kind == "networks")  # they take longest: both precisions last
     settings = Settings(args.threads or machine.cpus(), device="cuda", budget_s=0.2)
     set_up(settings)
+    facts = machine.facts("cuda")  # how busy the machine is, before we keep it busy
     compile_all(chosen, settings)
-    document = Document(machine.facts("cuda"), run.described(settings, Choice()), path=path)
+    document = Document(facts, run.described(settings, Choice()), path=path)
     peers = baselines.select("all", "cuda")
     code = run.execute(document, chosen, peers, Choice(), settings, args.limit)
     if backends.installed("matplotlib") and document.rows:

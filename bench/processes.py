@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from .baselines import PEERS
-from .cases import Case
+from .cases import TABLE, Case
 from .job import Job
 from .results import OURS, Row
 from .rows import bare
@@ -37,7 +37,9 @@ class Part:
 def parts(job: Job) -> list[Part]:
     """The processes of a job, in the order of the peers; none for peers that are not installed.
 
-    On a GPU one has all, for their threads do not compute.
+    First the cases of the table, with every peer; then single layers of networks, which are many:
+    they are what a time limit leaves out. On a GPU one process has all, for their threads do not
+    compute.
     """
     if job.settings.device != "cpu":
         return [Part("cases", job.cases, job.peers)]
@@ -45,11 +47,14 @@ def parts(job: Job) -> list[Part]:
     for name, peer in PEERS.items():
         if name in job.peers:
             groups.setdefault(peer.process or name, []).append(name)
+    table = tuple(case for case in job.cases if case.source == TABLE)
+    traced = tuple(case for case in job.cases if case.source != TABLE)
     found = []
-    for process, names in groups.items():
-        tried = tuple(case for case in job.cases if any(_tries(name, case, job) for name in names))
-        if tried:
-            found.append(Part(process, tried, tuple(names)))
+    for some in (table, traced):
+        for process, names in groups.items():
+            tried = tuple(case for case in some if any(_tries(name, case, job) for name in names))
+            if tried:
+                found.append(Part(process, tried, tuple(names)))
     met = {case for part in found for case in part.cases}
     alone = tuple(case for case in job.cases if case not in met)
     return [Part(ALONE, alone, ()), *found] if alone else found

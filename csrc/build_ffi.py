@@ -23,8 +23,17 @@ HEADERS = (
     "continual.h",
     "gradients.h",
     "elementwise.h",
+    "play.h",
 )
-SOURCES = ("fastconv.c", "step.c", "gradients.c", "isa_avx512.c", "isa_avx2.c", "isa_plain.c")
+SOURCES = (
+    "fastconv.c",
+    "step.c",
+    "play.c",
+    "gradients.c",
+    "isa_avx512.c",
+    "isa_avx2.c",
+    "isa_plain.c",
+)
 # F(m, r) with compiled programs; `fastconv.c_kernels.winograd` refuses others.
 TILES, TAPS = range(1, 7), range(2, 8)
 

@@ -8,6 +8,12 @@ static void continual_frames(const fc_continual *p, const fc_arrays *a, const fl
         depthwise_frames(&d, a, frames);
         return;
     }
+    if (p->inner == FC_WINOGRAD) {
+        fc_winograd w = *(const fc_winograd *)p->params;
+        w.tiles = streams * w.axis[0].tiles * w.axis[1].tiles * w.axis[2].tiles;
+        winograd_frames(&w, a, frames);
+        return;
+    }
     fc_grouped g = *(const fc_grouped *)p->params;
     int64_t batch = g.geometry.batch;
     if (batch != streams) {

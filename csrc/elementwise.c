@@ -211,3 +211,45 @@ static void pool_run(const fc_pool *p, const float *x, float *y, int threads) {
     pool_job j = {p, x, y};
     fc_parallel_for(few ? 1 : threads, rows, pool_item, &j);
 }
+
+typedef struct {
+    const fc_window *p;
+    const float *x, *ring;
+    const int64_t *steps;
+    float *y;
+    int64_t pieces;
+} columns_job;
+
+/* An item is a piece of a stream's column. */
+static void columns_item(void *context, int64_t item, int thread) {
+    (void)thread;
+    const columns_job *j = context;
+    const fc_window *p = j->p;
+    int64_t n = item / j->pieces, piece = item % j->pieces, row = n * p->floats;
+    int64_t end = p->floats * (piece + 1) / j->pieces;
+    /* Never below 0: one round is added. */
+    int64_t oldest = j->steps[n] % p->ring + p->ring - p->dilation * (p->taps - 1);
+    for (int64_t i = p->floats * piece / j->pieces; i < end; i += VL) {
+        int64_t count = vcount(end, i);
+        vec newest = vload_n(j->x + row + i, count), sum = vzero();
+        for (int64_t k = 0; k < p->taps; k++) {
+            int64_t entry = (oldest + k * p->dilation) % p->ring;
+            vec v = newest;
+            if (k < p->taps - 1)
+                v = vload_n(j->ring + entry * p->streams * p->floats + row + i, count);
+            if (!k) sum = v;
+            else if (p->reduce != FC_WINDOW_MAX) sum += v;
+            else sum = vselect(v == v, vmax(sum, v), v);
+        }
+        if (p->reduce == FC_WINDOW_MEAN) sum *= 1.0f / (float)p->taps;
+        vstore_n(j->y + row + i, sum, count);
+    }
+}
+
+static void columns_run(const fc_window *p, const float *x, const float *ring, const int64_t *steps,
+                       float *y, int threads) {
+    int64_t work = p->floats * p->taps;
+    columns_job j = {p, x, ring, steps, y, fc_max(1, work / BLEND_FLOATS)};
+    int few = p->streams * work < 2 * BLEND_FLOATS;
+    fc_parallel_for(few ? 1 : threads, p->streams * j.pieces, columns_item, &j);
+}

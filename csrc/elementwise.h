@@ -31,6 +31,17 @@ typedef struct {
 } fc_pool;
 void fc_run_pool(const fc_pool *p, intptr_t x, intptr_t y, int threads);
 
+/* y (N, floats) = the mean, sum or largest value over a window of columns, oldest first: of the ring
+   (ring, N, floats) those that are dilation * (taps - 1), ..., dilation columns old, and x (N,
+   floats), column number steps (N) of its stream. Column t is in entry t mod ring. */
+enum { FC_WINDOW_MEAN, FC_WINDOW_SUM, FC_WINDOW_MAX };
+typedef struct {
+    int32_t isa, reduce;
+    int64_t streams, floats, taps, dilation, ring;
+} fc_window;
+void fc_run_window(const fc_window *p, intptr_t x, intptr_t ring, intptr_t steps, intptr_t y,
+                   int threads);
+
 /* y (N, P, C) = x (N, C, P), or back with rows and columns exchanged. */
 typedef struct {
     int32_t isa;

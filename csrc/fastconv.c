@@ -3,6 +3,7 @@
 #include "internal.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <string.h>
 #ifdef _OPENMP
 #include <omp.h>
@@ -83,9 +84,89 @@ static void run_together(int threads, int64_t items, fc_item item, void *context
 }
 #endif
 
+/* Threads that look for the next loop all the time, instead of being woken for each. Who comes too
+   late for a loop is not waited for: its items are done by the others.
+
+   open    number of the loop that may be entered, 0 for none; inside: helpers that may be in it */
+typedef struct {
+    _Alignas(64) int64_t open;
+    _Alignas(64) int64_t inside;
+    _Alignas(64) int64_t next;
+    int64_t items, loops;
+    fc_item item;
+    void *context;
+    int threads, over;
+    void (*body)(void *);
+    void *body_context;
+} team;
+static _Thread_local team *led = NULL; /* by this thread, while no loop runs */
+enum { SPINS = 1000 };                 /* before a helper lets others have its core */
+
+int fc_is_awake(void) { return led != NULL; }
+
+static void take_items(team *t, int thread) {
+    for (int64_t i; (i = __atomic_fetch_add(&t->next, 1, __ATOMIC_RELAXED)) < t->items;)
+        t->item(t->context, i, thread);
+}
+
+static void lead(team *t, int threads, int64_t items, fc_item item, void *context) {
+    t->items = items;
+    t->item = item;
+    t->context = context;
+    t->threads = threads;
+    __atomic_store_n(&t->next, 0, __ATOMIC_RELAXED);
+    led = NULL; /* a loop inside this one is not for the team */
+    __atomic_store_n(&t->open, ++t->loops, __ATOMIC_SEQ_CST);
+    take_items(t, 0);
+    __atomic_store_n(&t->open, 0, __ATOMIC_SEQ_CST);
+    while (__atomic_load_n(&t->inside, __ATOMIC_SEQ_CST)) fc_pause();
+    led = t;
+}
+
+static void help(team *t, int thread) {
+    int64_t done = 0, spins = 0;
+    while (!__atomic_load_n(&t->over, __ATOMIC_ACQUIRE)) {
+        int64_t open = __atomic_load_n(&t->open, __ATOMIC_ACQUIRE);
+        if (!open || open == done) {
+            if (++spins < SPINS) fc_pause();
+            else sched_yield();
+            continue;
+        }
+        /* Once inside, the loop that is open stays: see the order in `lead`. */
+        __atomic_fetch_add(&t->inside, 1, __ATOMIC_SEQ_CST);
+        done = __atomic_load_n(&t->open, __ATOMIC_SEQ_CST);
+        if (done && thread < t->threads) take_items(t, thread);
+        __atomic_fetch_sub(&t->inside, 1, __ATOMIC_SEQ_CST);
+        spins = 0;
+    }
+}
+
+static void join_team(void *context, int64_t item, int thread) {
+    (void)thread;
+    team *t = context;
+    if (item) {
+        help(t, (int)item);
+        return;
+    }
+    led = t;
+    t->body(t->body_context);
+    led = NULL;
+    __atomic_store_n(&t->over, 1, __ATOMIC_RELEASE);
+}
+
+void fc_awake(int threads, void (*body)(void *), void *context) {
+    if (threads < 2 || alone) {
+        body(context);
+        return;
+    }
+    team t = {.body = body, .body_context = context};
+    run_together(threads, threads, join_team, &t);
+}
+
 void fc_parallel_for(int threads, int64_t items, fc_item item, void *context) {
     if (threads > 1 && items > 1 && !alone) {
-        run_together(threads, items, item, context);
+        if (led) lead(led, threads, items, item, context);
+        else run_together(threads, items, item, context);
         return;
     }
     for (int64_t i = 0; i < items; i++) item(context, i, 0);
@@ -159,6 +240,12 @@ void fc_run_means(const fc_means *p, intptr_t x, intptr_t y, intptr_t workspace,
 
 void fc_run_pool(const fc_pool *p, intptr_t x, intptr_t y, int threads) {
     sets[p->isa]->pool(p, (const float *)x, (float *)y, threads);
+}
+
+void fc_run_window(const fc_window *p, intptr_t x, intptr_t ring, intptr_t steps, intptr_t y,
+                   int threads) {
+    sets[p->isa]->window(p, (const float *)x, (const float *)ring, (const int64_t *)steps,
+                         (float *)y, threads);
 }
 
 void fc_run_turn(const fc_turn *p, intptr_t x, intptr_t y, int threads) {

@@ -13,6 +13,7 @@
 #include "continual.h"
 #include "gradients.h"
 #include "elementwise.h"
+#include "play.h"
 #include "families.h"
 
 #define FC_LINE 16 /* floats of a cache line */
@@ -49,6 +50,8 @@ typedef struct {
                   const float *residual, float *y, int threads);
     void (*means)(const fc_means *params, const float *x, float *y, float *workspace, int threads);
     void (*pool)(const fc_pool *params, const float *x, float *y, int threads);
+    void (*window)(const fc_window *params, const float *x, const float *ring, const int64_t *steps,
+                   float *y, int threads);
 } fc_isa;
 
 const fc_isa *fc_set(int isa);
@@ -59,6 +62,17 @@ int64_t fc_step_copies(const fc_plan *plan);
 /* Call item(context, i, thread) for every i below items, in any order; thread < threads. */
 typedef void (*fc_item)(void *context, int64_t i, int thread);
 void fc_parallel_for(int threads, int64_t items, fc_item item, void *context);
+
+/* Call body(context) while threads stay awake for the loops in it; fc_is_awake tells a loop, whose
+   threads then cost a hundredth of what it takes to wake them. */
+void fc_awake(int threads, void (*body)(void *), void *context);
+int fc_is_awake(void);
+
+static inline void fc_pause(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+}
 
 static inline float *fc_line_up(intptr_t workspace) {
     intptr_t line = FC_LINE * (intptr_t)sizeof(float);

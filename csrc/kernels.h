@@ -25,6 +25,7 @@ const fc_isa ISA = {
     .blend = blend_run,
     .means = means_run,
     .pool = pool_run,
+    .window = columns_run,
     .run = {[FC_WINOGRAD] = winograd_run,
             [FC_DEPTHWISE] = depthwise_run,
             [FC_GROUPED] = grouped_run,

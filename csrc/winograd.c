@@ -6,20 +6,22 @@
    side in the rows of V, so the products add them up. */
 #include "winograd_fetch.h"
 
-/* A round of tiles: `count` from `first` on. */
+/* A round of tiles: `count` from `first` on; frames as for `input_tile`. */
 typedef struct {
     const fc_winograd *p;
     const fc_arrays *a;
+    const float *const *frames;
     int64_t first, count;
 } winograd_round;
 
-static void input_tiles(const fc_winograd *p, const fc_arrays *a, int64_t first, int64_t count,
-                        float *v, float *lines) {
+static void input_tiles(const winograd_round *r, int64_t first, int64_t count, float *v,
+                        float *lines) {
+    const fc_winograd *p = r->p;
     tile_place place = place_of(p, first);
     clear_vectors(lines + p->points * p->at_once * VL, 1); /* zeros for what is outside x */
     for (int64_t i = 0, alike; i < count; i += alike) {
         alike = alike_from(p, &place, count - i);
-        input_tile(p, a->x, &place, alike, v + i * p->v_row, lines);
+        input_tile(p, r->a->x, r->frames, &place, alike, v + i * p->v_row, lines);
         skip_places(p, &place, alike);
     }
 }
@@ -61,14 +63,15 @@ static void output_tiles(const fc_winograd *p, const fc_arrays *a, int64_t first
     }
 }
 
-static void fused_block(const fc_winograd *p, const fc_arrays *a, int64_t first, int64_t end,
-                        float *lines) {
+static void fused_block(const winograd_round *r, int64_t first, int64_t end, float *lines) {
+    const fc_winograd *p = r->p;
+    const fc_arrays *a = r->a;
     float *v = lines + p->lines, *m = v + p->v_size;
     int64_t width = p->vectors * VL, count = fc_min(p->block, end - first), next = first + count;
     line_list read, written;
-    input_tiles(p, a, first, count, v, lines);
+    input_tiles(r, first, count, v, lines);
     for (int64_t panel = 0; panel < p->panels; panel++) {
-        int64_t reads = panel == p->panels - 1 ? fc_min(p->block, end - next) : 0;
+        int64_t reads = panel == p->panels - 1 && !r->frames ? fc_min(p->block, end - next) : 0;
         list_lines(&read, p, a->x, 0, 1, next, reads);
         const float *y = a->y + panel * width;
         int64_t columns = fc_min(width, p->out_channels - panel * width);
@@ -96,7 +99,7 @@ static void fused_item(void *context, int64_t item, int thread) {
     float *lines = r->a->workspace + thread * (p->lines + p->v_size + p->m_size);
     int64_t first = first_block(r, item) * p->block;
     int64_t end = fc_min(first_block(r, item + 1) * p->block, p->tiles);
-    for (; first < end; first += p->block) fused_block(p, r->a, first, end, lines);
+    for (; first < end; first += p->block) fused_block(r, first, end, lines);
 }
 
 static void input_item(void *context, int64_t item, int thread) {
@@ -104,7 +107,7 @@ static void input_item(void *context, int64_t item, int thread) {
     const fc_winograd *p = r->p;
     float *v = r->a->workspace, *lines = v + p->v_size + p->m_size + thread * p->lines;
     int64_t done = item * p->group, count = fc_min(p->group, r->count - done);
-    input_tiles(p, r->a, r->first + done, count, v + done * p->v_row, lines);
+    input_tiles(r, r->first + done, count, v + done * p->v_row, lines);
 }
 
 /* Panels of one point that are an item: all of them, unless that makes too few items. */
@@ -134,13 +137,13 @@ static void output_item(void *context, int64_t item, int thread) {
                  lines);
 }
 
-static void winograd_run(const void *params, const fc_arrays *a) {
-    const fc_winograd *p = params;
+static void winograd_frames(const fc_winograd *p, const fc_arrays *a,
+                            const float *const *frames) {
     if (p->lanes) {
-        grouped_run(p->lanes, a);
+        grouped_frames(p->lanes, a, frames);
         return;
     }
-    winograd_round r = {p, a, 0, p->tiles};
+    winograd_round r = {p, a, frames, 0, p->tiles};
     if (!p->phased) {
         int64_t items = 0, blocks = fc_ceil_div(p->tiles, p->block);
         while (first_block(&r, items) < blocks) items += a->threads;
@@ -155,4 +158,8 @@ static void winograd_run(const void *params, const fc_arrays *a) {
         fc_parallel_for(a->threads, p->points * parts, multiply_item, &r);
         fc_parallel_for(a->threads, groups * p->panels, output_item, &r);
     }
+}
+
+static void winograd_run(const void *params, const fc_arrays *a) {
+    winograd_frames(params, a, NULL);
 }

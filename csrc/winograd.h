@@ -1,7 +1,8 @@
 /* Minimal filtering F(m, r) on each axis (csrc/winograd.c): what Python works out once per plan.
 
    The axes are renumbered, those with a single point per tile first, so that axis 2 always has a
-   transform. Phases are those of the polyphase split of a strided axis. */
+   transform. Phases are those of the polyphase split of a strided axis; of an axis with a single
+   point, all its taps. */
 typedef struct {
     int64_t m, r, alpha;      /* of F(m, r); alpha is 1 for an axis without a transform */
     int64_t tiles, divisor;   /* place of a tile on the axis: number / divisor % tiles */

@@ -170,14 +170,21 @@ static void input_vectors(const fc_winograd *p, const float *x, const tile_windo
 }
 
 /* V of `count` tiles side by side for all phases and channels, v[point * v_point + phase * channels
-   + channel]. Lanes behind the last channel become zeros; what follows there is written later. */
-static void input_tile(const fc_winograd *p, const float *x, const tile_place *place,
-                       int64_t count, float *v, float *lines) {
+   + channel]. Lanes behind the last channel become zeros; what follows there is written later.
+
+   frames  NULL, or where the frames begin that the phases of axis 0 read, (images, phases): of a
+           stream, whose column is one tile there */
+static void input_tile(const fc_winograd *p, const float *x, const float *const *frames,
+                       const tile_place *place, int64_t count, float *v, float *lines) {
     int64_t phase[3];
     for (phase[0] = 0; phase[0] < p->axis[0].phases; phase[0]++)
         for (phase[1] = 0; phase[1] < p->axis[1].phases; phase[1]++)
             for (phase[2] = 0; phase[2] < p->axis[2].phases; phase[2]++, v += p->channels) {
                 tile_window w = window_of(p, place, phase);
+                if (frames) {
+                    x = frames[place->image * p->axis[0].phases + phase[0]];
+                    w.origin -= place->image * p->in_image + phase[0] * p->axis[0].in_step;
+                }
                 for (int64_t c = 0; c < p->channels; c += p->at_once * VL) {
                     int64_t left = p->channels - c;
                     int64_t vectors = fc_min(p->at_once, fc_ceil_div(left, VL));
@@ -192,7 +199,8 @@ static void input_tile(const fc_winograd *p, const float *x, const tile_place *p
 INLINE int64_t alike_from(const fc_winograd *p, const tile_place *place, int64_t most) {
     const fc_winograd_axis *fast = &p->axis[p->order[0]];
     if (passes_of(p) > 1 || fast->alpha > 1 || fast->stride > 1 || fast->pad > 0) return 1;
-    return fc_max(fc_min(most, fc_min(fast->tiles, fast->in_size) - place->at[p->order[0]]), 1);
+    int64_t inside = fc_min(fast->tiles, fast->in_size - fast->phases + 1);
+    return fc_max(fc_min(most, inside - place->at[p->order[0]]), 1);
 }
 
 /* Where a tile of y is: of `size` valid outputs per axis, at y and residual. */

@@ -113,8 +113,8 @@ def continual_state(
     weight  (K, C / groups, KT, *kernel)
     stride, padding, dilation, groups: those of the steps; forms 'sum' and 'auto' ask for all of
             them, 'ring' for the temporal stride and dilation alone
-    form    'ring' (frames; a column has the bits of the clip), 'sum' (incomplete columns), or
-            'auto', the one with fewer bytes
+    form    'ring' (frames; a column has the bits that a clip has by the same algorithm and tile),
+            'sum' (incomplete columns), or 'auto', the one with fewer bytes
     start   'zeros': the first columns are those of zero padding in front of the stream, or
             'replicate', of its first frame repeated
     """
@@ -165,7 +165,9 @@ def continual_step(
     residual: Array | None = None,
     active: Array | Sequence[int] | None = None,
     update_state: bool = True,
+    algorithm: str = "auto",
     backend: str = "auto",
+    tolerance: float = planner.DEFAULT_TOLERANCE,
     max_workspace_bytes: int | None = None,
 ) -> Array:
     """One frame in, one output column out; `state` is written in place.
@@ -177,6 +179,8 @@ def continual_step(
     active    (N,) bool, or the numbers of the slots that have a frame now; None for all. Of the
               others nothing is read, and no state written
     update_state  False for a look ahead: the result as if the frame were fed, the state as before
+    algorithm  'auto', 'direct', or 'winograd': F(m, r) on the axes of a frame
+    backend, tolerance, max_workspace_bytes: as for `conv3d`
     result    (N, K, *out_frame); zeros for slots that are not active or whose column is not
               complete, which `state.emits` tells before the step
     stride, padding, dilation: as for the convolution over the whole stream (an int, or one per
@@ -188,35 +192,36 @@ def continual_step(
 
     Raises as `conv3d` does; the state is then untouched.
     """
-    op = "continual_step"
+    op, key, find = "continual_step", None, known_geometry
+    choice: dict[str, Any] = {
+        "algorithm": algorithm,
+        "backend": backend,
+        "tolerance": tolerance,
+        "max_workspace_bytes": max_workspace_bytes,
+    }
     tensor = is_tensor(input)
     if tensor:
         from . import torch_continual
 
+        options = (stride, padding, dilation, groups, activation, *choice.values())
+        key = torch_continual.key_of(input, state, weight, bias, residual, options)
+        ready = None if key is None else torch_continual.known(key)
+        if ready is not None:
+            mask = None if active is None else mask_of(op, active, input)
+            return ready.step(input, state, weight, bias, residual, mask, update_state)
         find = torch_continual.finder()
-    else:
-        find = known_geometry
     named = {"state": state.frames} if state.form == "ring" else {}
     ops.check_arrays(op, input=input, **named, weight=weight, bias=bias, residual=residual)
     geometry = find(op, input.shape, weight.shape, stride, padding, dilation, groups)
     ops.check_extras(op, geometry.out_channels, column_shape(geometry), bias, residual)
-    mask = _mask(op, active, input)
+    mask = mask_of(op, active, input)
+    epilogue = Epilogue(bias is not None, activation, residual is not None)
     if tensor:
         return torch_continual.continual_step(
-            input,
-            state,
-            weight,
-            bias,
-            geometry,
-            activation,
-            residual,
-            active=mask,
-            update_state=update_state,
-            backend=backend,
-            max_workspace_bytes=max_workspace_bytes,
-        )
+            input, state, weight, bias, geometry, epilogue, residual, mask, update_state,
+            key=key, **choice,
+        )  # fmt: skip
     check_state(op, state, geometry, input)
-    epilogue = Epilogue(bias is not None, activation, residual is not None)
     plan = step_plan(
         geometry,
         state.form,
@@ -224,8 +229,7 @@ def continual_step(
         dtype=str(input.dtype),
         epilogue=epilogue,
         layout=state_layout(op, state.frames, input),
-        backend=backend,
-        max_workspace_bytes=max_workspace_bytes,
+        **choice,
     )
     y = ops.empty(column_shape(geometry), input.dtype, plan.layout)
     if mask is not None or geometry.stride[0] > 1:
@@ -247,7 +251,9 @@ def continual_step_functional(
     activation: str = "none",
     residual: Array | None = None,
     active: Array | Sequence[int] | None = None,
+    algorithm: str = "auto",
     backend: str = "auto",
+    tolerance: float = planner.DEFAULT_TOLERANCE,
     max_workspace_bytes: int | None = None,
 ) -> tuple[Array, State]:
     """`continual_step` that leaves the state alone and returns the column with a new state.
@@ -255,7 +261,12 @@ def continual_step_functional(
     For training frame by frame: with tensors, gradients flow through both results to the input,
     the state, the weight, the bias and the residual.
     """
-    options: dict[str, Any] = {"backend": backend, "max_workspace_bytes": max_workspace_bytes}
+    options: dict[str, Any] = {
+        "algorithm": algorithm,
+        "backend": backend,
+        "tolerance": tolerance,
+        "max_workspace_bytes": max_workspace_bytes,
+    }
     if not is_tensor(input):
         state = state.save()
         y = continual_step(
@@ -274,7 +285,7 @@ def continual_step_functional(
     epilogue = Epilogue(bias is not None, activation, residual is not None)
     return torch_continual.continual_step_functional(
         input, state, weight, bias, geometry, epilogue, residual,
-        active=_mask(op, active, input), **options,
+        active=mask_of(op, active, input), **options,
     )  # fmt: skip
 
 
@@ -310,7 +321,7 @@ def continual_steps(
     frame = (*input.shape[:2], *input.shape[3:])
     geometry = window_geometry(op, frame, weight.shape, stride, padding, dilation, groups)
     check_state(op, state, geometry, input)
-    mask = _mask(op, active, input)
+    mask = mask_of(op, active, input)
     if not options.pop("update_state", True):
         state = state.save()
     times = range(input.shape[2])
@@ -436,7 +447,16 @@ def state_shape(window: Geometry, form: str) -> tuple[int, ...]:
 
 
 def check_state(op: str, state: State, window: Geometry, input: Array) -> None:
-    """Raise if the state is not one of this window."""
+    """Raise if the state is not one of this window, and where the input is."""
+    for name, array in (("frames", state.frames), ("steps", state.steps)):
+        if is_tensor(array) != is_tensor(input):
+            raise UnsupportedError(
+                f"{op}: input and state {name} must both be NumPy arrays or both PyTorch tensors"
+            )
+        if is_tensor(array) and array.device != input.device:
+            raise UnsupportedError(
+                f"{op}: input is on device {input.device}, but state {name} is on {array.device}"
+            )
     frames, steps = ((tuple(a.shape), _dtype(a)) for a in (state.frames, state.steps))
     check_memory(op, window, _dtype(input), state.form, state.start, state.stride, frames, steps)
 
@@ -491,7 +511,7 @@ def state_layout(op: str, frames: Array, input: Array) -> str:
     return layout
 
 
-def _mask(op: str, active: Any, input: Array) -> Array | None:
+def mask_of(op: str, active: Any, input: Array) -> Array | None:
     """(N,) bool of the kind of `input` from a mask or the numbers of slots."""
     if active is None:
         return None
@@ -515,21 +535,24 @@ def _mask(op: str, active: Any, input: Array) -> Array | None:
 
 
 def step_plan(window: Geometry, form: str, start: str, **choice: Any) -> Plan:
-    """The plan of a step; choice: as for `planner.plan`."""
-    plan = planner.plan(window, continual=True, **choice)
+    """The plan of a step; choice: as for `planner.plan`.
+
+    It is the plan of one stream, so that no stream's bits depend on how many there are.
+    """
+    plan = planner.plan(replace(window, batch=1), continual=True, **choice)
     options = {"sum": int(form == "sum"), "replicate": int(start == "replicate")}
     config = tuple((name, value) for name, value in options.items() if value)
-    if not config:
+    if not config and window.batch == 1:
         return plan
-    plan = replace(plan, config=config)
+    plan = replace(plan, geometry=window, config=config)
     limit = choice.get("max_workspace_bytes")
-    if limit is not None:  # which the planner held against the form of frames
+    if limit is not None:  # which the planner held against one stream in the form of frames
         elements = backends.kernel(plan.family, plan.backend).workspace_size(plan)
         size = elements * ELEMENT_BYTES[plan.dtype]
         if size > limit:
             raise UnsupportedError(
-                f"the form {form!r} on backend {plan.backend!r} needs {size:,} bytes of "
-                f"workspace, allowed are {limit:,}"
+                f"{window.batch} streams in form {form!r} on backend {plan.backend!r} need "
+                f"{size:,} bytes of workspace, allowed are {limit:,}"
             )
     return plan
 

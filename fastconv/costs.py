@@ -37,7 +37,7 @@ class Rate:
     call_ms: float = 0.02
 
 
-# A step of a stream multiplies as fast as the family of its window: depthwise or grouped.
+# A step of a stream computes as fast as the family of its window: depthwise, grouped or winograd.
 FAST = {
     ("c", "winograd"): Rate(118, 52, call_ms=0.004),
     ("c", "depthwise"): Rate(70, bytes=60, call_ms=0.004),
@@ -88,7 +88,7 @@ def estimate_ms(plan: Plan) -> float:
         return sum(map(estimate_ms, costs_cuda.stages(plan)))  # PyTorch runs one after the other
     rate, workers = FAST.get((plan.backend, plan.family), SLOW), threads()
     compute = multiplications(plan) * _padding(plan) / _per_ns(plan, rate)
-    compute += _transforms(plan, rate)
+    compute += _transforms(plan, _rate_of_window(plan, rate))
     moved = costs_cuda.moved_bytes(plan)
     memory = moved / (rate.bytes * (IN_CACHE if moved <= CACHE_BYTES // 2 else 1.0))
     hidden = max(compute / workers, memory)
@@ -129,6 +129,22 @@ def _transform_operations(plan: Plan) -> float:
     return float(c.transform_additions + c.transform_shifts + c.transform_multiplications)
 
 
+def _window_family(plan: Plan) -> str:
+    """The family that computes a stream's columns."""
+    g = plan.geometry
+    assert isinstance(g, Geometry)
+    if plan.transforms:
+        return "winograd"
+    return "depthwise" if g.is_depthwise and g.groups > 1 else "grouped"
+
+
+def _rate_of_window(plan: Plan, rate: Rate) -> Rate:
+    """Of the family that computes a stream's columns; of other plans their own."""
+    if plan.family != "continual":
+        return rate
+    return FAST.get((plan.backend, _window_family(plan)), SLOW)
+
+
 def _padding(plan: Plan) -> float:
     """Multiplications executed per one that counts: our kernels fill whole vectors of outputs."""
     geometry = plan.geometry
@@ -144,8 +160,7 @@ def _per_ns(plan: Plan, rate: Rate) -> float:
         return usual
     family = plan.family
     if family == "continual":
-        family = "depthwise" if geometry.is_depthwise and geometry.groups > 1 else "grouped"
-        usual = FAST.get((plan.backend, family), SLOW).multiplications
+        family, usual = _window_family(plan), _rate_of_window(plan, rate).multiplications
     if family == "depthwise" and max(geometry.stride) > 1:
         usual *= STRIDED_DEPTHWISE
     if plan.backend != "torch":
@@ -197,7 +212,8 @@ def _window(plan: Plan) -> float:
 def _streaming(plan: Plan, workers: int) -> float:
     """Nanoseconds that a Winograd kernel waits for its transformed weights."""
     geometry = plan.geometry
-    if plan.family != "winograd" or not isinstance(geometry, Geometry) or geometry.groups > 1:
+    streamed = plan.family in ("winograd", "continual") and bool(plan.transforms)
+    if not streamed or not isinstance(geometry, Geometry) or geometry.groups > 1:
         return 0.0
     weight_bytes = of_plan(plan).weight_bytes
     tiles = geometry.batch * prod(

@@ -1,8 +1,9 @@
 """What a plan should cost on a GPU: a model of an H200-class chip, used only to rank candidates.
 
 Time is the longer of multiplying and of moving memory, plus what nothing hides: further passes over
-memory, and the start of each kernel. The constants were fitted to `bench gpu` on an H200; on other
-chips all of them change together and the ranking holds. Where it does not, `tune` measures.
+memory, and the start of each kernel. The constants were fitted to times on an H200, of `bench gpu`
+and of single kernels; on other chips all of them change together and the ranking holds. Where it
+does not, `tune` measures.
 """
 
 from __future__ import annotations

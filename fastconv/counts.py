@@ -90,8 +90,8 @@ def count(
     algorithm    'direct', 'grouped', 'depthwise' and 'continual' (geometry: the window of one
                  output column) multiply once per multiply-accumulate; 'winograd' is for a Geometry,
                  'hfa' for a SeparableGeometry
-    transforms   winograd: F(m, ceil(kernel / stride)) per axis; hfa: (temporal, height, width);
-                 else empty
+    transforms   winograd: F(m, ceil(kernel / stride)) per axis; continual: the same, with m = 1 in
+                 time, or empty; hfa: (temporal, height, width); else empty
     dtype        of weights and activations, for the bytes
     whole_tiles  True: the last tile of an axis counts whole, as it is executed; False: as the
                  fraction that is used, the ideal of the papers
@@ -148,7 +148,7 @@ def _stage_transforms(
     stages: tuple[Geometry, ...], algorithm: str, transforms: tuple[Transform, ...]
 ) -> list[tuple[Transform, ...]]:
     """Transforms per stage, checked against the geometry; () for a stage that stays direct."""
-    if algorithm in DIRECT:
+    if algorithm in DIRECT and not (algorithm == "continual" and transforms):
         if transforms:
             raise GeometryError(
                 f"count: algorithm {algorithm!r} takes no transforms, got {len(transforms)}"
@@ -167,7 +167,7 @@ def _stage_transforms(
         raise GeometryError(
             f"count: {algorithm} needs transforms F(m, r) with r = {needed}, got r = {got}"
         )
-    if algorithm == "winograd":
+    if algorithm != "hfa":
         return [transforms]
     one = transform(1, 1)
     return [(transforms[0], one, one), (one, *transforms[1:]), ()]

@@ -187,12 +187,14 @@ def _conv(
             algorithm, backend, tolerance, max_workspace_bytes,
         )  # fmt: skip
         key = torch_ops.key_of(input, weight, bias, residual, options)
-        y = None if key is None else torch_ops.again(key, input, weight, bias, residual)
-        if y is not None:
-            return y
         if key is None:
             given = (input, weight, bias, residual)
             input, weight, bias, residual = torch_ops.as_autocast_does(*given)
+        else:
+            run = torch_ops.known(key)
+            if run is not None:
+                packed = torch_ops.held_weights(weight).form(run, weight)
+                return run(input, packed, bias, residual)
     check_arrays(op, input=input, weight=weight, bias=bias, residual=residual)
     if len(weight.shape) != n + 2:
         raise GeometryError(
@@ -381,10 +383,21 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 def workspace(size: int, dtype: np.dtype) -> np.ndarray:
     """Scratch of this thread, kept between calls: fresh pages would cost more than many kernels."""
-    held: np.ndarray | None = _scratch.__dict__.get(dtype.char)
-    if held is None or held.size < size:
-        held = _scratch.__dict__[dtype.char] = _aligned((size,), dtype)
-    return held[:size]
+    return _held(size, dtype.char)[0][:size]
+
+
+def workspace_address(size: int) -> int:
+    """`workspace` in float32, for those who see addresses only."""
+    return _held(size, "f")[1]
+
+
+def _held(size: int, char: str) -> tuple[np.ndarray, int, int]:
+    """Scratch of at least this size with its address and size, for a dtype by its character."""
+    held: tuple[np.ndarray, int, int] | None = _scratch.__dict__.get(char)
+    if held is None or held[2] < size:
+        array = _aligned((size,), np.dtype(char))
+        held = _scratch.__dict__[char] = (array, array.ctypes.data, size)
+    return held
 
 
 def check_arrays(op: str, **arrays: Array | None) -> None:

@@ -25,8 +25,8 @@ class Plan:
                 temporal padding, for `hfa` a SeparableGeometry
     epilogue    one Epilogue; for `hfa` one per stage
     layout      memory layout of x, residual, state and y
-    transforms  F(m, r): for `winograd` one per axis of the geometry, for `hfa` (temporal, height,
-                width), else empty
+    transforms  F(m, r): for `winograd` one per axis of the geometry; for `continual` the same, with
+                m = 1 in time, or empty; for `hfa` (temporal, height, width); else empty
     config      the tuning choice, an entry of the module's CONFIGS; of `continual` also what the
                 state is: sum (columns that are not complete), replicate (the first frame in front)
     precision   of float32 products: 'ieee', or 'tf32' on a GPU whose user allows it

@@ -64,7 +64,8 @@ def plan(
     algorithm  'auto', 'direct' (no fast algorithm), or a family: 'winograd', 'depthwise', 'grouped'
     backend    'auto' or a name from `fastconv.backends.BACKENDS`
     tolerance  largest error allowed, as a multiple of that of a direct sum in the same precision
-    tile       m per axis for winograd (and hfa: time, height, width); None lets the planner choose
+    tile       m per axis for winograd (and hfa: time, height, width); None lets the planner choose.
+               The first is 1 for a stream
     continual  the geometry is the window of one output column of a stream
     max_workspace_bytes  most scratch memory that our kernels may ask for; PyTorch's own convolution
                allocates what it likes
@@ -141,7 +142,7 @@ def priced(request: Request) -> list[Candidate]:
             if reason is not None:
                 found.append(Candidate(base, reason=reason))
                 continue
-            variants = [_priced(p, request) for p in _variants(base, request.tile)]
+            variants = [_priced(p, request) for p in _variants(base, request)]
             reason = "has no tiles" if name == "torch" else "no tile fits taps and output"
             found.extend(variants or [Candidate(base, reason=reason)])
     return sorted(found, key=_rank)
@@ -241,9 +242,10 @@ def _families(geometry: Geometry | SeparableGeometry, algorithm: str, continual:
     return [algorithm]
 
 
-def _variants(base: Plan, tile: tuple[int, ...] | None) -> Iterator[Plan]:
+def _variants(base: Plan, request: Request) -> Iterator[Plan]:
     """The plan once per choice of transforms; as it is for direct families."""
-    if base.family == "winograd":
+    tile = request.tile
+    if base.family in ("winograd", "continual"):
         assert isinstance(base.geometry, Geometry)
         taps = [-(-k // s) for k, s in zip(base.geometry.kernel, base.geometry.stride, strict=True)]
         sizes = base.geometry.out_size
@@ -256,6 +258,13 @@ def _variants(base: Plan, tile: tuple[int, ...] | None) -> Iterator[Plan]:
     else:
         yield base
         return
+    if base.family == "continual":
+        if request.algorithm != "winograd":
+            yield base
+        # Who says which transforms it refuses takes some.
+        takes = hasattr(backends.kernel(base.family, base.backend), "refuses")
+        if not takes or request.algorithm not in ("auto", "winograd") or base.geometry.groups > 1:
+            return
     if base.backend == "torch":  # which has no transforms: the block is three convolutions
         choices = [(1,) * len(taps)] if tile is None or max(tile) == 1 else []
     else:
@@ -270,9 +279,9 @@ def _variants(base: Plan, tile: tuple[int, ...] | None) -> Iterator[Plan]:
 def _tiles(
     family: str, taps: list[int], sizes: tuple[int, ...], grouped: bool = False
 ) -> Iterator[tuple[int, ...]]:
-    """Tile sizes worth a price: 1 on axes of one tap, below twice the output, square in space, and
-    for winograd not all 1; with several groups 1 on the last axis, which kernels sum directly, and
-    not 6, which is as fast as 4 and less accurate.
+    """Tile sizes worth a price: 1 on axes of one tap and in the time of streams, below twice the
+    output, square in space, and but for hfa not all 1; with several groups 1 on the last axis,
+    which kernels sum directly, and not 6, which is as fast as 4 and less accurate.
     """
     options: list[tuple[int, ...]] = []
     for r, size in zip(taps, sizes, strict=True):
@@ -281,7 +290,9 @@ def _tiles(
     if family == "hfa":
         # Depthwise is a small share of a block's multiplications; direct costs least memory.
         options = [options[0], (1,), (1,)]
-    if grouped:
+    elif family == "continual":
+        options[0] = (1,)
+    elif grouped:
         options = [*(tuple(m for m in ms if m < 6) for ms in options[:-1]), (1,)]
     square = len(taps) > 1 and taps[-1] == taps[-2] and not grouped
     for ms in product(*options):
@@ -335,7 +346,8 @@ def error_factor(p: Plan) -> float:
     A running sum of n random products has relative error d sqrt(n / 2), d the rounding unit.
     Winograd sums only C products per point, rounds both operands and its transforms (about 4 units
     of variance together), and amplifies all of it by the factor of its transforms. Transformed axes
-    therefore shorten the sum that they amplify.
+    therefore shorten the sum that they amplify; where m is 1 the C backend sums the taps with the
+    channels.
 
     Where operands are shorter than the float32 of the sums, their roundings are all that counts:
     two under TF32, as in a direct sum; in half precision those of both transformed operands and of
@@ -348,6 +360,9 @@ def error_factor(p: Plan) -> float:
     if p.precision == "tf32":
         return amplification(p.transforms)
     first = p.geometry.temporal if isinstance(p.geometry, SeparableGeometry) else p.geometry
-    channels = first.in_channels // first.groups * prod(first.stride)
-    direct = first.in_channels // first.groups * first.taps / 2 + 1
+    of_group = first.in_channels // first.groups
+    channels = of_group * prod(first.stride)
+    if p.backend == "c" and p.family != "hfa":
+        channels *= prod(t.r for t in p.transforms if t.m == 1)
+    direct = of_group * first.taps / 2 + 1
     return amplification(p.transforms) * sqrt((channels / 2 + 4) / direct)

@@ -9,7 +9,6 @@ from functools import lru_cache
 from math import prod
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,15 +24,18 @@ from . import (
     winners,
 )
 from .continual import State
+from .counts import ELEMENT_BYTES
 from .epilogue import Epilogue
 from .errors import UnsupportedError
 from .geometry import Geometry
-from .plan import CHANNELS_LAST, Plan
+from .plan import DEFAULT_TOLERANCE, Plan
+from .torch_ops_runner import is_plain
 
 _ARGUMENTS = (
     "Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups, "
     "str activation='none', Tensor? residual=None, Tensor? active=None, bool update_state=True, "
-    "str form='ring', str start='zeros', str backend='auto', int? max_workspace_bytes=None"
+    "str form='ring', str start='zeros', str algorithm='auto', str backend='auto', "
+    f"float tolerance={DEFAULT_TOLERANCE}, int? max_workspace_bytes=None"
 )
 _library = torch.library.Library("fastconv", "FRAGMENT")
 _library.define(
@@ -45,7 +47,8 @@ _library.define(
     "-> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-_FLOAT32 = np.dtype(np.float32)
+MAX_STEPPERS = 4096  # kinds of steps that are remembered
+_steppers: dict[Any, Stepper] = {}
 
 
 def new_state(shape: Sequence[int], like: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
@@ -63,26 +66,93 @@ def finder() -> Any:
     return continual.window_geometry if compiling else continual.known_geometry
 
 
+def key_of(
+    input: Tensor,
+    state: State,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    options: tuple[Any, ...],
+) -> Any:
+    """What tells a step from others; None where it needs more than a plan: a trace, a refusal."""
+    frames, steps = state.frames, state.steps
+    if not is_plain(input, weight, bias, residual, gradients=False):
+        return None
+    if type(frames) is not Tensor or type(steps) is not Tensor:
+        return None
+    return (
+        input.shape,
+        input.stride(),
+        input.dtype,
+        None if input.is_cpu else (input.device, torch_ops.precision_of(input)),
+        frames.shape,
+        frames.stride(),
+        frames.dtype,
+        frames.is_cpu or frames.device,
+        steps.shape,
+        steps.dtype,
+        steps.is_cpu or steps.device,
+        state.form,
+        state.start,
+        state.stride,
+        weight.shape,
+        None if bias is None else bias.shape,
+        None if residual is None else residual.shape,
+        options,
+        winners.generation(),
+    )
+
+
+def known(key: Any) -> Stepper | None:
+    """What ran the step with this key before."""
+    try:
+        return _steppers.get(key)
+    except TypeError:  # lists in it
+        return _steppers.get(repr(key))
+
+
+def _remember(key: Any, plan: Plan) -> Stepper:
+    """The plan's Stepper, `known` by the key from now on."""
+    if len(_steppers) >= MAX_STEPPERS:
+        _steppers.clear()
+    found = stepper(plan)
+    try:
+        _steppers[key] = found
+    except TypeError:
+        _steppers[repr(key)] = found
+    return found
+
+
 def continual_step(
     input: Tensor,
     state: State,
     weight: Tensor,
     bias: Tensor | None,
     geometry: Geometry,
-    activation: str,
+    epilogue: Epilogue,
     residual: Tensor | None,
-    **options: Any,
+    active: Tensor | None,
+    update_state: bool,
+    key: Any = None,
+    **choice: Any,
 ) -> Tensor:
     """`continual.continual_step` on tensors that the door has checked; no gradient is kept.
 
-    options: active, update_state, backend, max_workspace_bytes
+    key     from `key_of`
+    choice  algorithm, backend, tolerance, max_workspace_bytes
     """
+    if key is not None:
+        continual.check_state("continual_step", state, geometry, input)
+        ready = _remember(key, _plan_for(input, state, geometry, epilogue, **choice))
+        return ready.step(input, state, weight, bias, residual, active, update_state)
     if state.stride != geometry.stride[0]:
         continual.check_state("continual_step", state, geometry, input)
     arguments = (input, state.frames, state.steps, weight, bias, *_plain(geometry))
-    options |= {
-        "activation": activation,
+    options = choice | {
+        "activation": epilogue.activation,
         "residual": residual,
+        "active": active,
+        "update_state": update_state,
         "form": state.form,
         "start": state.start,
     }
@@ -91,7 +161,7 @@ def continual_step(
         if torch.compiler.is_compiling():
             # Inductor takes a clone of the state between two steps for the state itself.
             y, frames, steps = torch.ops.fastconv.continual_step_functional(*arguments, **options)
-            if options["update_state"]:
+            if update_state:
                 state.frames.copy_(frames)
                 state.steps.copy_(steps)
         else:
@@ -174,75 +244,68 @@ def _step_impl(
     update_state: bool = True,
     form: str = "ring",
     start: str = "zeros",
+    algorithm: str = "auto",
     backend: str = "auto",
+    tolerance: float = DEFAULT_TOLERANCE,
     max_workspace_bytes: int | None = None,
 ) -> Tensor:
-    layout = continual.state_layout("continual_step", state, input)
-    ready = _stepper(
-        winners.situation(),
-        tuple(input.shape),
+    key = (
+        input.shape,
+        input.stride(),
         input.dtype,
-        input.device.type,
-        torch_ops.precision_of(input),
-        layout,
-        tuple(weight.shape),
-        (tuple(stride), tuple(padding), tuple(dilation), groups),
-        Epilogue(bias is not None, activation, residual is not None),
-        (form, start),
-        (tuple(state.shape), state.dtype),
-        (tuple(steps.shape), steps.dtype),
+        None if input.is_cpu else (input.device, torch_ops.precision_of(input)),
+        (state.shape, state.stride(), state.dtype, state.is_cpu or state.device),
+        (steps.shape, steps.dtype, steps.is_cpu or steps.device),
+        (weight.shape, weight.dtype, weight.is_cpu or weight.device),
+        None if bias is None else (bias.shape, bias.dtype, bias.is_cpu or bias.device),
+        None if residual is None else (residual.shape, residual.dtype, residual.device),
+        (*stride, *padding, *dilation, groups),
+        activation,
+        form,
+        start,
+        algorithm,
         backend,
+        tolerance,
         max_workspace_bytes,
+        winners.generation(),
     )
+    ready = _steppers.get(key)
+    if ready is None:
+        memory = State(state, steps, form, start, stride[0])
+        ring = {"state": state} if form == "ring" else {}
+        ops.check_arrays(
+            "continual_step", input=input, **ring, weight=weight, bias=bias, residual=residual
+        )
+        window = _window(input, memory, weight, stride, padding, dilation, groups)
+        op, last = "continual_step", continual.column_shape(window)
+        ops.check_extras(op, window.out_channels, last, bias, residual)
+        epilogue = Epilogue(bias is not None, activation, residual is not None)
+        plan = _plan_for(
+            input, memory, window, epilogue, algorithm=algorithm,
+            backend=backend, tolerance=tolerance, max_workspace_bytes=max_workspace_bytes,
+        )  # fmt: skip
+        ready = _remember(key, plan)
+    if active is not None:
+        active = continual.mask_of("continual_step", active, input)
     packed = torch_ops.held_weights(weight).form(ready.runner, weight)
     return ready(input, state, steps, packed, bias, residual, active, update_state)
 
 
-@lru_cache(maxsize=4096)
-def _stepper(
-    situation: Any,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    device: str,
-    precision: str,
-    layout: str,
-    weight: tuple[int, ...],
-    geometry: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int],
-    epilogue: Epilogue,
-    kind: tuple[str, str],
-    frames: tuple[tuple[int, ...], torch.dtype],
-    steps: tuple[tuple[int, ...], torch.dtype],
-    backend: str,
-    max_workspace_bytes: int | None,
-) -> Stepper:
-    """What runs a step of tensors of these shapes; the situation of `winners` only keys the cache.
-
-    Raises what the door raises.
-    """
-    stride, padding, dilation, groups = geometry
-    op, pairs = "continual_step", tuple(zip(padding[::2], padding[1::2], strict=True))
-    window = continual.window_geometry(op, shape, weight, stride, pairs, dilation, groups)
-    name = _name(dtype)
-    continual.check_memory(
-        op, window, name, *kind, stride[0], (frames[0], _name(frames[1])),
-        (steps[0], _name(steps[1])),
-    )  # fmt: skip
-    plan = continual.step_plan(
+def _plan_for(
+    input: Tensor, state: State, window: Geometry, epilogue: Epilogue, **choice: Any
+) -> Plan:
+    """The plan of a step that has been checked; choice as for `continual.step_plan`."""
+    return continual.step_plan(
         window,
-        *kind,
-        dtype=name,
-        device=device,
-        precision=precision,
+        state.form,
+        state.start,
+        dtype=torch_ops_runner.dtype_of(input),
+        device=input.device.type,
+        precision=torch_ops.precision_of(input),
         epilogue=epilogue,
-        layout=layout,
-        backend=backend,
-        max_workspace_bytes=max_workspace_bytes,
+        layout=continual.state_layout("continual_step", state.frames, input),
+        **choice,
     )
-    return stepper(plan)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _step_fake(
@@ -261,7 +324,9 @@ def _step_fake(
     update_state: bool = True,
     form: str = "ring",
     start: str = "zeros",
+    algorithm: str = "auto",
     backend: str = "auto",
+    tolerance: float = DEFAULT_TOLERANCE,
     max_workspace_bytes: int | None = None,
 ) -> Tensor:
     memory = State(state, steps, form, start, stride[0])
@@ -298,15 +363,26 @@ class Stepper:
         self.plan = plan
         self.runner = torch_ops.runner(plan)
         self._module = backends.kernel("continual", plan.backend)
-        self._dtype = getattr(torch, plan.dtype)
-        _, k, *out = self._shape = continual.column_shape(plan.geometry)
-        last = plan.layout == CHANNELS_LAST
-        # (N, *out, K) or (N, K, *out) in C order
-        inner = [prod(out[i + 1 :]) * (k if last else 1) for i in range(len(out))]
-        self._strides = (k * prod(out), 1 if last else prod(out), *inner)
-        self._strided = plan.geometry.stride[0] > 1
-        large = prod(self._shape) * self._dtype.itemsize >= torch_memory.SMALLEST
+        self._layout, self._in_c = plan.layout, plan.backend == "c"
+        self._shape = continual.column_shape(plan.geometry)
+        self._strides = torch_ops_runner.dense_strides(self._shape, plan.layout)
+        self._nothing, self._strided = 0 in self._shape, plan.geometry.stride[0] > 1
+        large = prod(self._shape) * ELEMENT_BYTES[plan.dtype] >= torch_memory.SMALLEST
         self._recycled = large and plan.device == "cpu"
+
+    def step(
+        self,
+        x: Tensor,
+        state: State,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        active: Tensor | None = None,
+        update: bool = True,
+    ) -> Tensor:
+        """One step of tensors that the plan is right for; no gradient is kept."""
+        packed = torch_ops.held_weights(weight).form(self.runner, weight)
+        return self(x, state.frames, state.steps, packed, bias, residual, active, update)
 
     def __call__(
         self,
@@ -321,37 +397,65 @@ class Stepper:
     ) -> Tensor:
         """y (N, K, *out_frame), zeros where there is no column; writes frames and steps.
 
-        frames, steps: of the state, dense in the plan's layout; x and residual: any strides
+        frames, steps: of the state, dense in the plan's layout; x, bias and residual: any strides
         """
-        plan, layout = self.plan, self.plan.layout
+        layout = self._layout
         if self._recycled:
             y = torch_ops.new_dense(self._shape, x, layout)
         else:
-            y = torch.empty_strided(self._shape, self._strides, dtype=self._dtype, device=x.device)
+            y = x.new_empty_strided(self._shape, self._strides)
         if active is not None or self._strided:
             y.zero_()
-        if not self._shape[0]:
+        if self._nothing:
             return y
-        if plan.backend == "c":
-            x = torch_ops.dense(x, layout)
-            residual = torch_ops.dense(residual, layout)
-            workspace = ops.workspace(packed.workspace_size(), _FLOAT32)
-            packed.step(x, bias, residual, frames, steps, y, workspace, active, update)
-        elif plan.backend in torch_ops.ON_TENSORS:
+        if not self._in_c:
+            self._write(x, frames, steps, packed, bias, residual, y, active, update)
+            return y
+        x, residual = torch_ops.dense(x, layout), torch_ops.dense(residual, layout)
+        if bias is not None and not bias.is_contiguous():
+            bias = bias.contiguous()
+        packed.step_at(
+            x.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            0 if residual is None else residual.data_ptr(),
+            frames.data_ptr(),
+            steps.data_ptr(),
+            steps.stride(0),
+            y.data_ptr(),
+            ops.workspace_address,
+            0 if active is None else active.data_ptr(),
+            update,
+        )
+        return y
+
+    def _write(
+        self,
+        x: Tensor,
+        frames: Tensor,
+        steps: Tensor,
+        packed: Any,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        y: Tensor,
+        active: Tensor | None,
+        update: bool,
+    ) -> None:
+        """By a kernel that takes arrays."""
+        plan, layout = self.plan, self._layout
+        if plan.backend in torch_ops.ON_TENSORS:
             with torch.no_grad():
                 x, residual = torch_ops.dense(x, layout), torch_ops.dense(residual, layout)
                 scratch = torch_ops.device_workspace(self._module.workspace_size(plan), y)
                 self._module.run(
                     plan, x, packed, bias, residual, frames, steps, y, scratch, active, update
                 )
-        else:
-            if plan.backend == "numba":
-                torch_ops_runner.follow_threads()
-            arrays = map(torch_ops_packed.view, (x, bias, residual, frames, steps, y, active))
-            x_, bias_, residual_, frames_, steps_, column, active_ = arrays
-            memory = State(frames_, steps_)
-            continual.run_step(plan, x_, packed, bias_, residual_, memory, column, active_, update)
-        return y
+            return
+        if plan.backend == "numba":
+            torch_ops_runner.follow_threads()
+        arrays = map(torch_ops_packed.view, (x, bias, residual, frames, steps, y, active))
+        x_, bias_, residual_, frames_, steps_, column, active_ = arrays
+        memory = State(frames_, steps_)
+        continual.run_step(plan, x_, packed, bias_, residual_, memory, column, active_, update)
 
 
 @lru_cache(maxsize=4096)
@@ -371,9 +475,7 @@ def step(
     update: bool = True,
 ) -> Tensor:
     """One step of a plan that is right for these tensors; no gradient is kept."""
-    ready = stepper(plan)
-    packed = torch_ops.held_weights(weight).form(ready.runner, weight)
-    return ready(input, state.frames, state.steps, packed, bias, residual, active, update)
+    return stepper(plan).step(input, state, weight, bias, residual, active, update)
 
 
 def _emitting(window: Geometry, steps: Tensor, active: Tensor | None) -> Tensor | None:
@@ -417,7 +519,7 @@ def _backward(ctx: Any, grad_y: Tensor, grad_state: Tensor, grad_steps: Any) -> 
     dx, dstate, dw = gradients(window, grad, grad_state, input, memory, weight, active, ctx.update)
     db = grad.sum((0, *range(2, grad.dim()))) if ctx.has_bias else None
     dr = grad if ctx.has_residual else None
-    return dx, dstate, None, dw, db, *(None,) * 5, dr, *(None,) * 6
+    return dx, dstate, None, dw, db, *(None,) * 5, dr, *(None,) * 8
 
 
 def _gradients_of_frames(

@@ -17,7 +17,8 @@ from . import torch_ops_vmap, winners
 from .epilogue import Epilogue
 from .geometry import Geometry, SeparableGeometry
 from .torch_ops_block import ACTIVATIONS as _ACTIVATIONS
-from .torch_ops_conv import plan_for, remember, routes
+from .torch_ops_conv import known as known
+from .torch_ops_conv import plan_for, remember
 from .torch_ops_packed import ON_TENSORS as ON_TENSORS
 from .torch_ops_packed import PackedWeights as PackedWeights
 from .torch_ops_packed import _packed as _packed
@@ -48,10 +49,6 @@ def key_of(
     gradient, a trace, a refusal."""
     if not is_plain(input, weight, bias, residual):
         return None
-    try:
-        hash(options)
-    except TypeError:  # lists of numbers, or of pairs
-        options = tuple(map(repr, options))
     return (
         input.shape,
         input.stride(),
@@ -74,16 +71,6 @@ def as_autocast_does(*tensors: Any) -> list[Any]:
                 return cast_by_autocast(device, tensors)
             break
     return list(tensors)
-
-
-def again(
-    key: Any, input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
-) -> Tensor | None:
-    """The convolution whose key was seen before; None if it was not."""
-    found = routes.get(key)
-    if found is None:
-        return None
-    return found(input, held_weights(weight).form(found, weight), bias, residual)
 
 
 def _sharded(*tensors: Tensor) -> bool:

@@ -20,7 +20,7 @@ from .torch_autograd import (
     pairs,
     through_activation,
 )
-from .torch_ops_conv import plan_for, remember, result_shape, routes
+from .torch_ops_conv import known, plan_for, remember, result_shape
 from .torch_ops_packed import held_weights
 from .torch_ops_register import define, register
 from .torch_ops_runner import Runner, new_dense, precision_of
@@ -76,7 +76,7 @@ def _impl(
         (*stride, *padding, *activations),
         (backend, tolerance, max_workspace_bytes, winners.generation()),
     )
-    found = routes.get(key)
+    found = known(key)
     if found is None:
         plan = _plan(
             input, weights, biases, stride, padding, activations, residual,

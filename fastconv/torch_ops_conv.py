@@ -33,14 +33,26 @@ define(
     "str backend='auto', float tolerance=4.0, int? max_workspace_bytes=None) -> Tensor"
 )
 MAX_ROUTES = 4096  # calls whose plan is remembered
-routes: dict[Any, Runner] = {}
+_routes: dict[Any, Runner] = {}
+
+
+def known(key: Any) -> Runner | None:
+    """What ran the call with this key before."""
+    try:
+        return _routes.get(key)
+    except TypeError:  # lists in it
+        return _routes.get(repr(key))
 
 
 def remember(key: Any, plan: Plan) -> Runner:
-    """The plan's Runner, which `routes` finds by the key from now on."""
-    if len(routes) >= MAX_ROUTES:
-        routes.clear()
-    found = routes[key] = runner(plan)
+    """The plan's Runner, `known` by the key from now on."""
+    if len(_routes) >= MAX_ROUTES:
+        _routes.clear()
+    found = runner(plan)
+    try:
+        _routes[key] = found
+    except TypeError:
+        _routes[repr(key)] = found
     return found
 
 
@@ -127,7 +139,7 @@ def route(
         max_workspace_bytes,
         winners.generation(),
     )
-    found = routes.get(key)
+    found = _routes.get(key)
     if found is not None:
         return found
     ops.check_arrays(op, input=input, weight=weight, bias=bias, residual=residual)

@@ -42,6 +42,7 @@ class PackedWeights:
 
     def __init__(self, weight: Tensor) -> None:
         self._pointer, self._version, self._steps = weight.data_ptr(), _version(weight), _steps
+        self._counted, self._strides = self._version >= 0, weight.stride()
         self._sample = _sample(weight)
         self._values = self._sample.tobytes()
         # By runner: the form, stream and event of its packing, what it was packed together with.
@@ -52,16 +53,19 @@ class PackedWeights:
 
         frozen: nobody writes it without being counted
         """
+        if weight.data_ptr() != self._pointer:
+            return False
+        if self._counted and weight._version != self._version:
+            return False
+        if weight.stride() != self._strides:
+            return False  # the same memory in another order
         if frozen:
-            return _version(weight) == self._version and weight.data_ptr() == self._pointer
-        if weight.is_inference() and weight.device.type != "cpu":
+            return True
+        if not self._counted and weight.device.type != "cpu":
             return False  # nothing tells
         return (
-            _version(weight) == self._version
-            and weight.data_ptr() == self._pointer
-            and (self._steps == _steps or not weight.requires_grad)
-            and self._sample.tobytes() == self._values
-        )
+            self._steps == _steps or not weight.requires_grad
+        ) and self._sample.tobytes() == self._values
 
     def form(self, runner: Any, weight: Tensor) -> Any:
         """The weights in the form that a plan's kernel reads."""
@@ -71,7 +75,7 @@ class PackedWeights:
             if _recording(weight):
                 return packed  # memory of the graph, written when it is replayed
             held = self._packed[runner] = (packed, *_moment(weight), ())
-        return self._current(held, weight)
+        return held[0] if held[1] is None else self._current(held, weight)
 
     @staticmethod
     def _current(held: tuple[Any, ...], weight: Tensor) -> Any:

@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from .errors import UnsupportedError
 
 _C = torch._C
+_grad_enabled, _any_requires_grad = torch.is_grad_enabled, _C._any_requires_grad
 _PLAIN = tuple(
     (_C.DispatchKeySet(key) & _C._after_autograd_keyset).raw_repr()
     for key in (_C.DispatchKey.CPU, _C.DispatchKey.CUDA)
@@ -80,21 +81,26 @@ def _differentiable(
             return (None, *backward(ctx, grad)[: len(needs)])
 
     after = _C._after_autograd_keyset
+    known: dict[int, bool] = {}  # by key set: whether what comes behind autograd is a kernel
     apply: Callable[..., Tensor] = Gradient.apply  # type: ignore[attr-defined]
 
     def kernel(keyset: Any, *given: Any) -> Tensor:
         if forward_ad._current_level >= 0:
             _refuse_tangents(op, given)
-        keys = keyset & after
-        if _C.is_grad_enabled() and _C._any_requires_grad(*given):
+        if _grad_enabled() and _any_requires_grad(*given):
+            keys = keyset & after
             if _C._are_functorch_transforms_active():
                 with enable_single_level_autograd_function():
                     return apply(keys, *given)
             return apply(keys, *given)
-        if keys.raw_repr() in _PLAIN:
+        here = keyset.raw_repr()
+        plain = known.get(here)
+        if plain is None:
+            plain = known[here] = (keyset & after).raw_repr() in _PLAIN
+        if plain:
             return impl(*given)
         with _C._AutoDispatchBelowAutograd():
-            return op.redispatch(keys, *given)
+            return op.redispatch(keyset & after, *given)
 
     return kernel
 

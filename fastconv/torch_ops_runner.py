@@ -30,11 +30,12 @@ class Runner:
 
     def __init__(self, plan: Plan) -> None:
         module = backends.kernel(plan.family, plan.backend)
-        self.plan, self._layout, self._in_c = plan, plan.layout, plan.backend == "c"
+        self.plan, self._layout = plan, plan.layout
         self._run = module.run
         self._size_of = module.workspace_size
         self._sizes: dict[int, int] = {}  # by number of threads
         self._y_shape, self._y_strides = plan.geometry.y_shape, None
+        self._nothing = 0 in self._y_shape
         y_bytes = prod(self._y_shape) * ELEMENT_BYTES[plan.dtype]
         if plan.device != "cpu" or y_bytes < torch_memory.SMALLEST:
             # PyTorch's allocator has memory at hand.
@@ -54,20 +55,22 @@ class Runner:
         if residual is not None:
             residual = dense(residual, layout)
         bias = tuple(map(_flat, bias)) if isinstance(bias, tuple) else _flat(bias)
+        y = self._new_y(x)
+        if not self._nothing:
+            self._write(x, packed, bias, residual, y)
+        return y
+
+    def _new_y(self, x: Tensor) -> Tensor:
         if self._y_strides is None:
-            y = new_dense(self._y_shape, x, layout)
-        else:
-            y = x.new_empty_strided(self._y_shape, self._y_strides)
-        if not y.numel():
-            return y
-        if self._in_c:  # sees addresses only, and knows what was packed
-            workspace = ops.workspace(packed.workspace_size(), FLOAT32)
-            self._run(self.plan, x, packed, bias, residual, y, workspace)
-            return y
+            return new_dense(self._y_shape, x, self._layout)
+        return x.new_empty_strided(self._y_shape, self._y_strides)
+
+    def _write(self, x: Tensor, packed: Any, bias: Any, residual: Any, y: Tensor) -> None:
+        """Run the kernel; everything is dense."""
         if self.plan.backend in ON_TENSORS:
             scratch = device_workspace(self._size_of(self.plan), y)
             self._run(self.plan, x, packed, bias, residual, y, scratch)
-            return y
+            return
         threads = follow_threads() if self.plan.backend == "numba" else 0
         size = self._sizes.get(threads)
         if size is None:
@@ -76,38 +79,73 @@ class Runner:
         x_view, y_view = view(x), view(y)
         workspace = ops.workspace(size, y_view.dtype)
         self._run(self.plan, x_view, packed, b, view(residual), y_view, workspace)
+
+
+class _RunnerInC(Runner):
+    """Of kernels that see addresses only, and know what was packed: few steps for small layers."""
+
+    def __call__(self, x: Tensor, packed: Any, bias: Any, residual: Tensor | None = None) -> Tensor:
+        layout = self._layout
+        x, residual = dense(x, layout), dense(residual, layout)
+        biases: Any
+        if bias is None:
+            biases = _NO_BIASES
+        elif isinstance(bias, tuple):
+            bias = tuple(map(_flat, bias))
+            biases = tuple(0 if b is None else b.data_ptr() for b in bias)
+        else:
+            bias = _flat(bias)
+            biases = (bias.data_ptr(), 0, 0)
+        y = self._new_y(x)
+        if not self._nothing:
+            added = 0 if residual is None else residual.data_ptr()
+            packed.run_at(x.data_ptr(), biases, added, y.data_ptr(), ops.workspace_address)
         return y
 
 
-def is_plain(*tensors: Tensor | None) -> bool:
+_NO_BIASES = (0, 0, 0)
+
+
+def is_plain(
+    first: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    gradients: bool = True,
+) -> bool:
     """Ordinary dense tensors of one device and precision in an ordinary call: no gradient is
-    asked for, nobody traces, transforms or watches, and no operator is needed for anything else."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    asked for, nobody traces, transforms or watches, and no operator is needed for anything else.
+
+    gradients: False where none is kept, whoever asks
+    """
+    if _is_compiling() or _watchers() or _traces() is not None or _transforms():
         return False
-    if torch._C._get_tracing_state() is not None:
+    if forward_ad._current_level >= 0 or _autocasts():
         return False
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if type(first) is not Tensor or first.layout is not _STRIDED or first.is_neg():
         return False
-    first = tensors[0]
-    if first is None or type(first) is not Tensor or first.layout is not torch.strided:
-        return False
-    dtype, on_cpu, device = first.dtype, first.is_cpu, "cpu"
+    dtype, on_cpu = first.dtype, first.is_cpu
     if not on_cpu:
-        device = first.device.type
-        if device == "meta" or any(t is not None and t.device != first.device for t in tensors):
+        others = (weight, bias, residual)
+        device = first.device
+        if device.type == "meta" or any(t is not None and t.device != device for t in others):
             return False
-    if torch.is_autocast_enabled(device):
+    if gradients and _grad_enabled() and _any_requires_grad(first, weight, bias, residual):
         return False
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
-        return False
-    for t in tensors:
+    for t in (weight, bias, residual):
         if t is not None and (
-            type(t) not in _ORDINARY or t.dtype != dtype or t.is_cpu is not on_cpu or t.is_neg()
+            type(t) not in _ORDINARY or t.dtype is not dtype or t.is_cpu is not on_cpu or t.is_neg()
         ):
             return False
     return True
 
 
+# Looked up once: a call of a small layer asks all of them.
+_is_compiling, _grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
+_any_requires_grad, _autocasts = torch._C._any_requires_grad, torch._C._is_any_autocast_enabled
+_watchers, _traces = torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state
+_transforms = torch._C._are_functorch_transforms_active
+_STRIDED = torch.strided
 _ORDINARY = (Tensor, torch.nn.Parameter)
 
 
@@ -119,7 +157,7 @@ def _flat(bias: Tensor | None) -> Tensor | None:
 @lru_cache(maxsize=4096)
 def runner(plan: Plan) -> Runner:
     """The plan's Runner."""
-    return Runner(plan)
+    return (_RunnerInC if plan.backend == "c" else Runner)(plan)
 
 
 def execute(plan: Plan, x: Tensor, packed: Any, bias: Any, residual: Tensor | None) -> Tensor:

@@ -129,11 +129,15 @@ def _arrays(plan: Plan, module: Any) -> list[Any]:
 
 @dataclass(frozen=True)
 class Needs:
-    """Per thread and per block; `stack_bytes` is where registers spill to: Triton has no arrays."""
+    """Per thread and per block; `stack_bytes` is where registers spill to: Triton has no arrays.
+
+    stores  instructions that write to global memory
+    """
 
     registers: int
     stack_bytes: int
     shared_bytes: int
+    stores: int
 
 
 def needs(code: Any, chip: str) -> Needs:
@@ -143,9 +147,11 @@ def needs(code: Any, chip: str) -> Needs:
         text = code.asm["amdgcn"]
         registers = int(re.search(r"\.vgpr_count:\s*(\d+)", text)[1])
         stack = int(re.search(r"\.private_segment_fixed_size:\s*(\d+)", text)[1])
-        return Needs(registers, stack, shared)
+        stores = len(re.findall(r"(?:global|buffer|flat)_(?:store|atomic)", text))
+        return Needs(registers, stack, shared, stores)
     attributes = _info(code.asm["cubin"])
-    return Needs(attributes[_REGISTERS], attributes[_FRAME], shared)
+    stores = len(re.findall(r"\b(?:st|red|atom)\.global", code.asm["ptx"]))
+    return Needs(attributes[_REGISTERS], attributes[_FRAME], shared, stores)
 
 
 def _info(cubin: bytes) -> dict[int, int]:

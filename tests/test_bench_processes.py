@@ -99,6 +99,18 @@ def test_a_process_has_the_peers_that_share_it_and_the_cases_that_any_of_them_tr
     assert not any(who.startswith("openvino") for who, _ in reasons)
 
 
+def test_layers_of_networks_come_after_the_table_with_every_peer(monkeypatch):
+    monkeypatch.setattr(Peer, "missing", lambda self: None)
+    layer = replace(CASES[0], name="layer", source="x3d_s")
+    found = processes.parts(a_job("torch", "openvino", chosen=(layer, *CASES)))
+    assert [(part.process, part.cases) for part in found] == [
+        ("torch", CASES),
+        ("openvino", CASES),
+        ("torch", (layer,)),
+        ("openvino", (layer,)),
+    ]
+
+
 def test_what_is_not_installed_gets_no_process_but_a_reason(monkeypatch):
     monkeypatch.setattr(Peer, "missing", lambda self: f"no {self.name}")
     job = a_job("openvino", chosen=(*CASES, STREAM))

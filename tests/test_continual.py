@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import cases
@@ -17,6 +17,7 @@ from fastconv.epilogue import ACTIVATIONS, Epilogue
 from fastconv.geometry import Geometry
 from fastconv.plan import CHANNELS_LAST, LAYOUTS, Plan
 from fastconv.reference import direct
+from fastconv.transforms import transform
 
 backends = pytest.mark.parametrize("backend", cases.CPU_BACKENDS)
 # Where an interpreter is slow, half of the pairs.
@@ -149,10 +150,10 @@ def assert_stream_is_its_clip(plan: Plan, times: int, seed: int = 0) -> None:
 
 
 @st.composite
-def windows(draw):
+def windows(draw, families=("depthwise", "grouped", "winograd"), dilated=True):
     """A geometry as `continual` gets it: no padding along the first axis, one column."""
-    g = draw(cases.geometries(family=draw(st.sampled_from(("depthwise", "grouped", "winograd")))))
-    dilation = (draw(st.integers(1, 3)), *g.dilation[1:])
+    g = draw(cases.geometries(family=draw(st.sampled_from(families))))
+    dilation = (draw(st.integers(1, 3)) if dilated else 1, *g.dilation[1:])
     return replace(
         g,
         in_size=(dilation[0] * (g.kernel[0] - 1) + 1, *g.in_size[1:]),
@@ -416,7 +417,66 @@ def test_bits_do_not_depend_on_length_and_batch(backend, channels, case):
         assert np.array_equal(y[:1], want[:, :, : y.shape[2]]), (batch, length)
 
 
-@pytest.mark.parametrize("backend", [b for b in DIRECT if b == "c"])
+in_c = pytest.mark.parametrize("backend", [b for b in cases.CPU_BACKENDS if b == "c"])
+
+
+def by_tiles(plan: Plan, m: int) -> Plan:
+    """The plan with F(m, r) on the axes of a frame."""
+    taps = [-(-k // s) for k, s in zip(plan.geometry.kernel, plan.geometry.stride, strict=True)]
+    ms = (1, *(m for _ in taps[1:]))
+    return replace(plan, transforms=tuple(map(transform, ms, taps)))
+
+
+@in_c
+@given(
+    windows(("winograd",), dilated=False), cases.epilogues(), cases.layouts(), forms, starts,
+    st.sampled_from((2, 3, 4, 6)), st.integers(1, 5),
+)  # fmt: skip
+def test_streams_by_minimal_filtering(backend, geometry, epilogue, layout, form, start, m, times):
+    plan = by_tiles(Plan("continual", backend, geometry, "float32", epilogue, layout), m)
+    assume(kernel("continual", backend).refuses(plan) is None)
+    assert_stream_is_its_clip(in_form(plan, form, start), times)
+
+
+@in_c
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("m", [2, 4])
+def test_streams_by_minimal_filtering_have_the_bits_of_its_clip(backend, layout, stride, m):
+    """Of F(1 x m x m), whatever the number of frames and of streams, and which have a column."""
+    frame, w_shape = (3, 20, 6, 9), (37, 20, 3, 3, 3)
+    plan = plan_for(
+        backend, frame, w_shape, (stride, 1, 1), 1, layout=layout, epilogue=Epilogue(True, "silu")
+    )
+    plan = by_tiles(plan, m)
+    frames, w = cases.random((*frame[:2], 9, *frame[2:]), 0), cases.random(w_shape, 1)
+    bias = cases.random((37,), 2)
+    stream, active = Stream(plan, w, bias), np.array([True, False, True])
+    columns = [stream.step(frames[:, :, t], active=active) for t in range(9)][2::stride]
+    clip = replace(plan.geometry, in_size=(9, 6, 9))
+    want = cases.execute(replace(plan, family="winograd", geometry=clip), frames, w, bias)
+    assert np.array_equal(np.stack(columns, axis=2)[active], want[active])
+
+
+def test_refusals_of_tiles_say_why():
+    module = pytest.importorskip("fastconv.c_kernels.continual", exc_type=ImportError)
+
+    def reason(w, m=4, **options):
+        plan = by_tiles(plan_for("c", (1, 6, 9, 9), w, **options), m)
+        return module.refuses(plan)
+
+    assert reason((8, 6, 3, 3, 3)) is None
+    assert "dilation 1" in reason((8, 6, 3, 3, 3), dilation=(2, 1, 1))
+    assert "one group" in reason((6, 3, 3, 3, 3), groups=2)
+    assert reason((8, 6, 3, 1, 1)) == "no axis of a frame has a transform"
+    assert reason((8, 6, 3, 3, 3), m=1) == "no axis of a frame has a transform"
+    assert "is not compiled" in reason((8, 6, 3, 3, 3), m=8)
+    plan = plan_for("c", (1, 6, 9, 9), (8, 6, 3, 3, 3))
+    plan = replace(plan, transforms=(transform(2, 3),) * 3)
+    assert module.refuses(plan) == "a stream has one column at a time, not 2"
+
+
+@in_c
 @pytest.mark.parametrize("groups", [1, 5], ids=["dense", "depthwise"])
 def test_a_hundred_thousand_steps_do_not_drift(backend, groups):
     """In the end a stream of sums has the bits of one that began a receptive field before."""

@@ -1,7 +1,7 @@
 """Every Triton kernel compiled ahead of time, without a GPU: registers, shared memory, addresses.
 
-Default configurations on layers of networks and on odd ones. Nothing spills, everything fits the
-chip, and no integer overflows in arrays beyond 2^31 elements.
+Default configurations on layers of networks and on odd ones. Nothing spills but what `SPILLED`
+lists, everything fits the chip, and no integer overflows in arrays beyond 2^31 elements.
 """
 
 from __future__ import annotations
@@ -155,9 +155,13 @@ WIDE = {
         continual((3, 17, 3, 10000, 5000), (17, 17, 3, 1, 1), BRAIN, CONTIGUOUS),
     ],
 }
-REGISTERS, FEW_BYTES = 255, 32
-# Kernels that run out of registers on some of these plans, and the bytes that they spill at most.
-KNOWN_TO_SPILL = {"grouped_weight_sums": 24}  # for the windows of 3x7x7 of a stem
+# Bytes per thread that kernels spill on some of these plans, at most; every other kernel none.
+SPILLED = {
+    "grouped_tiles": 8,  # the input gradient of 17 groups of 3 channels
+    "grouped_weight_sums": 24,  # the windows of 3x7x7 of a stem
+    "hfa_spatial_kernel": 8,  # 128 channels in bfloat16 on sm_80
+    "winograd_product": 16,  # F(2, 4, 4) in float32 on sm_100
+}
 GRADIENTS = {"depthwise": (0, 2, 3, 6, 7), "grouped": (0, 1, 2, 4, 6)}
 DIRECTIONS = ("input_gradient", "weight_gradient")
 
@@ -246,15 +250,15 @@ def reports(request, tmp_path_factory) -> Iterator[dict[str, Future]]:
 
 
 @pytest.mark.parametrize("job", LAYERS, ids=lambda job: job.id)
-def test_nothing_spills_and_everything_fits(job, reports):
+def test_registers_and_shared_memory_suffice(job, reports):
     from ptx import SHARED_BYTES
 
     found = reports[job.id].result()
     assert found, "no kernel is started"
     for name, needs, overflows in found:
-        # Short of all registers ptxas itself spills a word or two, for one more block in flight.
-        most = KNOWN_TO_SPILL.get(name, 0) if needs.registers >= REGISTERS else FEW_BYTES
-        assert needs.stack_bytes <= most, f"{name} spills: {needs}"
+        assert needs.stack_bytes <= SPILLED.get(name, 0), f"{name} spills: {needs}"
+        # Short of tensor memory, Triton 3.6 leaves a kernel that returns at once, and says nothing.
+        assert needs.stores, f"{name} stores nothing"
         assert needs.shared_bytes <= SHARED_BYTES[job.chip], f"{name}: {needs}"
         assert overflows == [], name
 

@@ -28,7 +28,7 @@ def _refusal(backend: str) -> str | None:
 BACKENDS = [b for b in cases.CPU_BACKENDS if _refusal(b) is None]
 backends = pytest.mark.parametrize("backend", BACKENDS)
 fast = pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
-# In Triton's interpreter these would take minutes; its own file has fewer and smaller ones.
+# Triton would interpret, or compile, these for minutes; its own file has fewer and smaller ones.
 compiled = pytest.mark.parametrize(
     "backend", [b for b in BACKENDS if b not in ("reference", "triton")]
 )

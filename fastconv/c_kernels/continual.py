@@ -12,7 +12,8 @@ import numpy as np
 from ..epilogue import Epilogue
 from ..geometry import Geometry
 from ..plan import Plan
-from . import depthwise, grouped, launch
+from ..transforms import transform
+from . import depthwise, grouped, launch, winograd
 from .launch import Packed, ffi
 
 CONFIGS: tuple[dict[str, int], ...] = ({},)
@@ -21,6 +22,22 @@ CONFIGS: tuple[dict[str, int], ...] = ({},)
 def supports(geometry: Geometry, dtype: str, epilogue: Epilogue) -> str | None:
     """None, or the reason against."""
     return launch.refuse_dtype(dtype)
+
+
+def refuses(plan: Plan) -> str | None:
+    """None, or the reason against the transforms of a plan."""
+    if not plan.transforms:
+        return None
+    time, *space = plan.transforms
+    if time.m > 1:
+        return f"a stream has one column at a time, not {time.m}"
+    if not any(t.m > 1 and t.r > 1 for t in space):
+        return "no axis of a frame has a transform"
+    assert isinstance(plan.geometry, Geometry)
+    if plan.geometry.groups > 1:
+        return f"of a stream winograd is for one group, not {plan.geometry.groups}"
+    reason = winograd.supports(plan.geometry, plan.dtype, plan.epilogue)
+    return reason or winograd.refuses(_clip(plan)[1])
 
 
 @functools.lru_cache(maxsize=1024)
@@ -51,6 +68,11 @@ def _clip(plan: Plan) -> tuple[ModuleType, Plan, tuple[Geometry, ...]]:
         dilation=dilation,
         in_size=(kernel[0], *(1,) * (3 - g.n), *g.in_size[1:]),
     )
+    if plan.transforms:
+        one, space = transform(1, 1), plan.transforms[1:]
+        transforms = (transform(1, kernel[0]), *(one,) * (3 - g.n), *space)
+        inner = replace(plan, family="winograd", transforms=transforms)
+        return winograd, replace(inner, geometry=window, config=()), ()
     single = g.is_depthwise and g.groups > 1
     module, family = (depthwise, "depthwise") if single else (grouped, "grouped")
     follows = () if single or sums else (g,)

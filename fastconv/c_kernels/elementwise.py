@@ -1,4 +1,5 @@
-"""What stands between the convolutions of a network (csrc/elementwise.h), on channels-last arrays.
+"""What stands between the convolutions of a network (csrc/elementwise.h), on channels-last arrays,
+and the columns that a stream keeps there (csrc/play.h).
 
 Each function makes the C structure of one step, for the instruction set of now; `lib.fc_run_*` run
 it on addresses. No family and no plan: there is one way to do it.
@@ -14,7 +15,9 @@ from ..geometry import Geometry
 from . import launch
 from .launch import ffi, lib
 
-__all__ = ["blend", "lib", "means", "means_size", "pool", "turn"]
+__all__ = ["REDUCTIONS", "blend", "lib", "means", "means_size", "pool", "ring", "turn", "window"]
+
+REDUCTIONS = ("mean", "sum", "max")  # in the order of csrc/elementwise.h
 
 
 def _common(**fields: Any) -> dict[str, Any]:
@@ -64,3 +67,29 @@ def pool(geometry: Geometry, *, mean: bool = False, counted: bool = False) -> An
 def turn(images: int, rows: int, columns: int) -> Any:
     """Matrices (rows, columns) transposed: contiguous to channels last with C rows, or back."""
     return ffi.new("fc_turn *", _common(images=images, rows=rows, columns=columns))
+
+
+def window(shape: tuple[int, ...], taps: int, reduce: str, dilation: int = 1) -> Any:
+    """Columns x of this shape (N, C, *size), over the newest and `taps - 1` before it."""
+    fields = _common(
+        reduce=REDUCTIONS.index(reduce),
+        streams=shape[0],
+        floats=prod(shape[1:]),
+        taps=taps,
+        dilation=dilation,
+        ring=dilation * (taps - 1),
+    )
+    return ffi.new("fc_window *", fields)
+
+
+def ring(shape: tuple[int, ...], entries: int, *, streams_first: bool = False) -> Any:
+    """A ring of columns of this shape (N, C, *size): (entries, N, ...), or (N, entries, ...)."""
+    floats = prod(shape[1:])
+    fields = {
+        "streams": shape[0],
+        "ring": entries,
+        "floats": floats,
+        "stream_stride": entries * floats if streams_first else floats,
+        "entry_stride": floats if streams_first else shape[0] * floats,
+    }
+    return ffi.new("fc_ring *", fields)

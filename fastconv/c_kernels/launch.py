@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from math import prod
@@ -22,8 +22,10 @@ from ..geometry import Geometry
 from ..plan import CHANNELS_LAST, CONTIGUOUS, Plan
 from ._csrc import ffi, lib
 
+Scratch = Callable[[int], int]  # floats -> the address of as many that nobody else uses meanwhile
 FAMILIES = ("winograd", "depthwise", "grouped", "hfa", "continual")  # csrc/families.h
 LINE = 16  # floats of a cache line
+_fc_run, _fc_step, _fc_max_threads = lib.fc_run, lib.fc_step, lib.fc_max_threads
 
 
 def instruction_sets() -> dict[str, int]:
@@ -80,7 +82,7 @@ def forced(name: str) -> Iterator[None]:
 
 def threads() -> int:
     """Threads that a kernel uses: PyTorch's number where it is loaded, else OpenMP's."""
-    most = lib.fc_max_threads()
+    most: int = _fc_max_threads()
     torch = sys.modules.get("torch")
     if most == 1 or torch is None:
         return most
@@ -174,7 +176,7 @@ class Packed:
     shared, each  floats of workspace for all threads together and for every thread, lines each
     """
 
-    __slots__ = ("_address", "_copies", "_keep", "_plan", "each", "params", "shared", "weights")
+    __slots__ = ("_address", "_fixed", "_keep", "_plan", "each", "params", "shared", "weights")
 
     def __init__(
         self,
@@ -189,7 +191,7 @@ class Packed:
         self.shared, self.each = lines(shared), lines(each)
         self._plan = _c_plan(plan, params)
         self._address = address(weights)
-        self._copies = copies_size(plan)
+        self._fixed = copies_size(plan) + self.shared  # floats of any number of threads
 
     def constants(self, workspace: Any) -> tuple[Any, int, int]:
         """What `lib.fc_run` gets in every call: the C plan, the weights' address, the threads."""
@@ -210,6 +212,18 @@ class Packed:
             address(workspace),
             self._threads(workspace),
         )
+
+    def run_at(
+        self, x: int, biases: tuple[int, int, int], residual: int, y: int, scratch: Scratch
+    ) -> None:
+        """`run` by addresses, 0 for what is not there: asking arrays takes longer than a small
+        layer."""
+        n = threads()
+        bias, bias1, bias2 = biases
+        _fc_run(
+            self._plan, x, self._address, bias, bias1, bias2, residual, y,
+            scratch(self._fixed + n * self.each), n,
+        )  # fmt: skip
 
     def step(
         self,
@@ -232,7 +246,7 @@ class Packed:
             address(residual),
             address(state),
             address(steps),
-            steps.strides[0] // 8 if isinstance(steps, np.ndarray) else steps.stride(0),
+            steps.strides[0] // 8,
             address(y),
             address(workspace),
             address(active),
@@ -240,19 +254,39 @@ class Packed:
             self._threads(workspace),
         )
 
+    def step_at(
+        self,
+        x: int,
+        bias: int,
+        residual: int,
+        state: int,
+        steps: int,
+        steps_stride: int,
+        y: int,
+        scratch: Scratch,
+        active: int,
+        update: bool,
+    ) -> None:
+        """`step` by addresses, 0 for what is not there."""
+        n = threads()
+        _fc_step(
+            self._plan, x, self._address, bias, residual, state, steps, steps_stride, y,
+            scratch(self._fixed + n * self.each), active, update, n,
+        )  # fmt: skip
+
     def workspace_size(self) -> int:
         """Floats that a call needs with as many threads as now."""
-        return self._copies + self.shared + threads() * self.each
+        return self._fixed + threads() * self.each
 
     def _threads(self, workspace: Any) -> int:
         """No more threads than the workspace was made for."""
         if not self.each:
             return threads()
-        room = workspace.size - self._copies - self.shared
+        room = workspace.size - self._fixed
         if room < self.each:
             raise BackendError(
                 f"the workspace has {workspace.size} elements; "
-                f"one thread needs {self._copies + self.shared + self.each}"
+                f"one thread needs {self._fixed + self.each}"
             )
         return min(threads(), room // self.each)
 

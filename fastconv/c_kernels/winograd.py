@@ -117,10 +117,9 @@ def prepack(weights: np.ndarray, plan: Plan) -> launch.Packed:
 def _transformed(w: np.ndarray, schedule: Schedule) -> np.ndarray:
     """w (K, C, T, H, W) -> U (points, phases * C, K) in float64; phases run as the axes do."""
     w = w.astype(np.float64).transpose(1, 0, *(2 + axis for axis in schedule.axes))
-    strides = [schedule.geometry.stride[axis] for axis in schedule.axes]
     found = []
     for phase in np.ndindex(*schedule.phases):
-        taps = tuple(slice(p, None, s) for p, s in zip(phase, strides, strict=True))
+        taps = tuple(slice(p, None, s) for p, s in zip(phase, schedule.split, strict=True))
         part = w[(slice(None), slice(None), *taps)]
         for axis, t in enumerate(schedule.transforms, 2):
             missing = [(0, 0)] * 5

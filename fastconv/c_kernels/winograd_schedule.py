@@ -30,6 +30,8 @@ class Schedule:
     """What follows from a plan and the vector length before there are arrays; sizes in floats.
 
     axes, transforms  axes of the lifted geometry, those of a single point first, with F(m, r)
+    phases            rows of U per channel on those axes: the phases of a strided axis; all taps
+                      where m is 1, for a product sums them sooner than F(1, r) would
     counts, total     tiles per axis, in that order, and of the whole batch
     vectors, width    registers and columns per panel of output channels
     phased, tiles     tiles per block; if phased, per round of all threads
@@ -41,10 +43,18 @@ class Schedule:
         geometry = self.geometry = plan.geometry.lifted()
         one = transform(1, 1)
         lifted = [one] * (3 - len(plan.transforms)) + list(plan.transforms)
-        lifted = [t if t.r > 1 else one for t in lifted]  # m outputs of one tap are m tiles
+        # Neither m outputs of one tap nor one output of many taps gain by points; but one axis has
+        # some.
+        fast = any(t.r > 1 and t.m > 1 for t in lifted)
+        lifted = [t if t.r > 1 and (t.m > 1 or not fast) else one for t in lifted]
         self.axes = sorted(range(3), key=lambda axis: lifted[axis].alpha > 1)
         self.transforms = [lifted[axis] for axis in self.axes]
-        self.phases = [min(geometry.stride[a], geometry.kernel[a]) for a in self.axes]
+        self.split = [
+            geometry.stride[a] if t.r > 1 else geometry.kernel[a]
+            for a, t in zip(self.axes, self.transforms, strict=True)
+        ]
+        kernel = [geometry.kernel[a] for a in self.axes]
+        self.phases = list(map(min, self.split, kernel))
         self.counts = [
             -(-geometry.out_size[a] // t.m) for a, t in zip(self.axes, self.transforms, strict=True)
         ]

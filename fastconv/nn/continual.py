@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from fastconv.errors import UnsupportedError
 
 from . import continual_rules as rules
-from .continual_graph import Graph, largest, mean
+from .continual_elementwise import largest, mean, spatial_mean
+from .continual_graph import Graph
 from .continual_network import Continual
 
 Module = TypeVar("Module", bound="_Layer")
@@ -138,7 +139,7 @@ class GlobalPool(Continual):
 
     def record(self, graph: Graph, value: int) -> int:
         average = self.reduce == "mean"
-        each = rules.spatial_mean if average else _spatial_max
+        each = spatial_mean if average else _spatial_max
         return graph.window(value, self.window, mean if average else largest, each)
 
 
@@ -233,10 +234,10 @@ class SqueezeExcite(Continual):
 
     def record(self, graph: Graph, value: int) -> int:
         pooled = graph.window(
-            value, self.window, mean, rules.spatial_mean, padding=self.window - 1, name="pool"
+            value, self.window, mean, spatial_mean, padding=self.window - 1, name="pool"
         )
         factor = recorded(graph, self.gate, pooled, "gate")
-        return graph.framewise(rules.multiplied, value, factor, name="scale")
+        return graph.framewise(rules.multiplied, value, factor, name="scale", kind="scale")
 
 
 class _Recurrent(_Layer):

@@ -17,6 +17,7 @@ from fastconv.epilogue import Epilogue
 from fastconv.errors import UnsupportedError
 from fastconv.geometry import Geometry
 from fastconv.plan import CHANNELS_LAST, Plan
+from fastconv.torch_continual import Stepper
 
 from .continual_clock import On
 from .continual_ops import Columns, Moment, Op, State, rows
@@ -159,7 +160,7 @@ class Convolution(Op):
         if on is True and came is True and at.update and not torch.is_grad_enabled():
             x = xs[0].select(2, 0)
             residual = xs[1].select(2, 0) if self.epilogue.residual else None
-            return self._ready_for(xs[0], x)(x, state, residual).unsqueeze(2)
+            return self._ready_for(xs[0])(x, state, residual).unsqueeze(2)
         if came is False:
             return None
         self._form_of(xs[0])
@@ -177,14 +178,18 @@ class Convolution(Op):
         y = torch_continual.step(plan, x, memory, w, b, residual, mask, at.update)
         return y.unsqueeze(2)
 
-    def _ready_for(self, column: Tensor, x: Tensor) -> Callable[..., Tensor]:
+    def packed(self, column: Tensor) -> tuple[Stepper, Any, Tensor | None]:
+        """What runs a step of columns like this (N, C, 1, *frame): weights in its form, bias."""
+        self._form_of(column)
+        w, b = self.weights()
+        stepper = torch_continual.stepper(self._plan(column.select(2, 0)))
+        return stepper, torch_ops.held_weights(w).form(stepper.runner, w), b
+
+    def _ready_for(self, column: Tensor) -> Callable[..., Tensor]:
         """A step of all slots together; its plan and packed weights are looked up once."""
         shape, generation, step = self._ready
         if step is None or shape != column.shape or generation != winners.generation():
-            self._form_of(column)
-            w, b = self.weights()
-            stepper = torch_continual.stepper(self._plan(x))
-            packed = torch_ops.held_weights(w).form(stepper.runner, w)
+            stepper, packed, b = self.packed(column)
 
             def step(x: Tensor, state: State, residual: Tensor | None) -> Tensor:
                 return stepper(x, state["frames"], state["steps"], packed, b, residual)
@@ -226,6 +231,7 @@ class Convolution(Op):
             activation=self.epilogue.activation,
             residual=residual,
             active=None if came is True else torch.from_numpy(came),
+            algorithm="direct",
             backend=self.backend,
         )
         if update:
@@ -236,6 +242,14 @@ class Convolution(Op):
     def _convolve(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """A clip without temporal padding, on the backend of the steps."""
         m, (w, b) = self.module, self.weights()
+        plan = self._plan(x.select(2, 0))
+        differentiable = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
+        if plan.transforms and not differentiable:
+            geometry = Geometry.of(
+                x.shape, w.shape, m.stride, ((0, 0), *self.padding[1:]), m.dilation, m.groups
+            )
+            clip = replace(plan, family="winograd", geometry=geometry, config=())
+            return torch_ops.execute(clip, x, torch_ops.packed_weights(clip, w), b, residual)
         return _FUNCTIONS[len(m.kernel_size)](
             x,
             w,
@@ -247,7 +261,7 @@ class Convolution(Op):
             activation=self.epilogue.activation,
             residual=residual,
             algorithm="direct",
-            backend=self._plan(x.select(2, 0)).backend,
+            backend=plan.backend,
         )
 
     def clip(self, xs: Sequence[Columns], first: int, end: int) -> list[Tensor]:

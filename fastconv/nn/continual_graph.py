@@ -12,6 +12,7 @@ from fastconv.errors import UnsupportedError
 
 from .continual_clock import STARTS, Clock, joined, waiting
 from .continual_conv import Convolution, Convolutions
+from .continual_elementwise import Blend
 from .continual_ops import Delay, Framewise, Op, Recurrent, Retime, Whole, Window
 
 FORMS = ("ring", "sum", "auto")
@@ -29,7 +30,7 @@ class Node:
 
     inputs  numbers of the nodes whose columns it takes; number 0 is the frame itself
     time    the axis of time in its columns; None if they have none
-    kind    what fusing looks at: 'norm', 'add' or the name of an activation
+    kind    what fusing looks at: 'norm', 'add', 'scale' or the name of an activation
     """
 
     name: str
@@ -107,7 +108,7 @@ class Graph:
             count = waiting(clock, together)
             if count:
                 late = replace(together)
-                op = Delay(count, clock, late)
+                op = Delay(count)
                 own = f"{name}.delay{number}".lstrip(".")
                 value = self.add(own, op, (value,), late, self.time(value))
             delayed.append(value)
@@ -119,7 +120,7 @@ class Graph:
             return value
         clock = self.clock(value)
         late = replace(clock, lag=clock.lag + count * clock.rate)
-        return self.add(name, Delay(count, clock, late), (value,), late, self.time(value))
+        return self.add(name, Delay(count), (value,), late, self.time(value))
 
     def convolution(self, module: Convolutions, value: int, name: str = "") -> int:
         op = Convolution(module, backend=self.backend, form=self.form, start=self.start)
@@ -172,9 +173,8 @@ class Graph:
         # Zeros that were padded before take part; padding of its own has its own value.
         blank = blank if not clock.begin or self.start != "zeros" else 0.0
         op = Window(
-            clock, reach, reduce, each,
-            dilation=dilation, stride=stride, padding=padding, blank=blank,
-        )  # fmt: skip
+            reach, reduce, each, dilation=dilation, stride=stride, padding=padding, blank=blank
+        )
         late = clock.convolved(reach, stride, padding, self.start)
         return self.add(name, op, (value,), late, time)
 
@@ -189,26 +189,12 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
-def mean(stack: Tensor) -> Tensor:
-    """Of (k, N, ...), over the k."""
-    return stack.mean(0)
-
-
-def largest(stack: Tensor) -> Tensor:
-    """Of (k, N, ...), over the k."""
-    return stack.amax(0)
-
-
-def summed(stack: Tensor) -> Tensor:
-    """Of (k, N, ...), over the k."""
-    return stack.sum(0)
-
-
 def fused(graph: Graph) -> list[Node | None]:
     """The nodes with batch norm, residual and activation done by the convolution before them.
 
     Numbers stay: a convolution takes the place of the last node that it does the work of, None is
-    left in the other places. What a node's value would be used for twice is not taken over.
+    left in the other places. What a node's value would be used for twice is not taken over. Sums,
+    scales and activations that are left become one pass each.
     """
     nodes: list[Node | None] = list(graph.nodes)
     users: dict[int, list[int]] = {graph.output: [len(nodes)]}
@@ -252,4 +238,17 @@ def fused(graph: Graph) -> list[Node | None]:
         for gone in taken:
             nodes[gone] = None
         nodes[place] = replace(graph.nodes[place], name=node.name, op=op, inputs=inputs, kind="")
+    for number, last in enumerate(nodes):
+        if last is None or last.kind not in ("scale", "add", *ACTIVATIONS.values()):
+            continue
+        activation, place = last.kind, number
+        if last.kind in ("scale", "add"):
+            if len(last.inputs) != 2:
+                continue
+            found = follower(number, tuple(ACTIVATIONS.values()))
+            activation = "none" if found is None else graph.nodes[found].kind
+            place = number if found is None else found
+        blend = Blend(last.kind == "scale", last.kind == "add", activation)
+        nodes[number] = None
+        nodes[place] = replace(graph.nodes[place], op=Framewise(blend), inputs=last.inputs, kind="")
     return nodes

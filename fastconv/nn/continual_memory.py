@@ -41,7 +41,8 @@ def published_continual(network: Continual) -> int:
         elif isinstance(op, Delay):
             total += 2 * state["columns"].numel() // network.slots
         else:
-            total += sum(t.numel() for t in state.values()) // network.slots
+            kept = (t.numel() for key, t in state.items() if key != "steps")
+            total += sum(kept) // network.slots
     return total
 
 

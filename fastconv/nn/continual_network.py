@@ -13,13 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastconv import winners
 from fastconv.errors import GeometryError, UnsupportedError
 from fastconv.plan import Plan
 
 from .continual_clock import Clock, On
 from .continual_conv import Convolution
+from .continual_elementwise import in_c
 from .continual_graph import Graph, Node, fused
 from .continual_ops import Columns, Moment, State, rows
+from .continual_play import Recorded
+from .continual_record import Recorder
 
 Saved = dict[str, Any]
 _VERSION = attrgetter("_version")
@@ -84,19 +88,27 @@ class Program:
             )
             for value in dead:
                 values[value] = None
-        y = values[self.output]
-        if at.after:
-            y = y if y is None else y.clone()  # it may lie in what is written now
-            for keep in at.after:
-                keep()
-        return y, on[self.clock_of[self.output]]
+        return values[self.output], on[self.clock_of[self.output]]
 
-    def start(self, frame: Tensor, slots: int) -> tuple[dict[str, State], Tensor]:
-        """Empty states for slots of frames like this, and the column of output of such a frame."""
+    def steady_ons(self, at: Moment) -> tuple[bool, ...] | None:
+        """For every clock whether a column comes in all active slots; None while some start."""
+        seen = at.seen if at.active is True else at.seen[at.active]
+        if at.new is not False or seen.min() < max(self.steady, 1):
+            return None
+        if self.every_frame:
+            return (True,) * len(self.clocks)
+        if at.common is None:
+            return None
+        return tuple(clock.on(at.common) for clock in self.clocks)
+
+    def start(self, frame: Tensor, slots: int) -> tuple[dict[str, State], Tensor, list[Any]]:
+        """Empty states for slots of frames like this, and of such a frame the column of output and
+        every value's shape and precision, as a tensor without memory of its own."""
         at = Moment(np.zeros(slots, np.int64), 0, True, True)
         states: dict[str, State] = {}
         values: list[Any] = [None] * self.size
         values[0] = torch.zeros_like(frame)
+        shapes: list[Any] = [None] * self.size
         for number, node in self.nodes:
             xs = [values[i] for i in node.inputs]
             state = node.op.allocate(xs)
@@ -104,9 +116,10 @@ class Program:
                 states[node.name] = state
             values[number] = node.op.step(state, xs, [True] * len(xs), True, at)
             node.op.clear(state)
+            shapes[number] = values[number].new_empty(1).expand(values[number].shape)
             for value in self.dead.get(number, ()):
                 values[value] = None
-        return states, values[self.output]
+        return states, values[self.output], shapes
 
     def fill(self, states: dict[str, State], frame: Tensor, at: Moment) -> None:
         """New slots: as if their first frame had been there for ever."""
@@ -147,6 +160,8 @@ class Continual(nn.Module):
     _graph: Graph | None
     _programs: dict[bool, Program]
     _states: dict[str, State]
+    _recorded: dict[Any, tuple[Any, Recorded | None]]
+    _shapes: list[Any]
     _seen: np.ndarray
     _frame: Tensor | None
     _example: Any
@@ -223,6 +238,7 @@ class Continual(nn.Module):
         version = sum(map(_VERSION, self._tensors))
         if version != self._version:
             self._version = version
+            self._recorded = {}
             for _, node in program.nodes:
                 if isinstance(node.op, Convolution):
                     node.op.forget()
@@ -258,17 +274,19 @@ class Continual(nn.Module):
         try:
             # Made in inference mode, the state could be written nowhere else.
             with torch.inference_mode(False), torch.no_grad():
-                states, self._example = self._program().start(frame.unsqueeze(2), frame.shape[0])
+                found = self._program().start(frame.unsqueeze(2), frame.shape[0])
         finally:
             for module, mode in modes.items():
                 module.training = mode
-        self._states, self._frame = states, torch.empty_like(frame, device="meta")
+        self._states, self._example, self._shapes = found
+        self._recorded, self._frame = {}, torch.empty_like(frame, device="meta")
         self._seen = np.zeros(frame.shape[0], np.int64)
         self._device, self._torn = frame.device, False
 
     def stop(self) -> None:
         """Give the slots and their state up."""
         self._states, self._seen, self._torn = {}, np.zeros(0, np.int64), False
+        self._recorded = {}
 
     def reset(self, slot: int | None = None) -> None:
         """Empty a slot, or all of them: the next frame is the first of a stream."""
@@ -348,7 +366,12 @@ class Continual(nn.Module):
         lockstep = mask is True and (seen == seen[0]).all()
         at = Moment(seen, int(seen[0]) if lockstep else None, mask, update=update)
         program = self._program()
-        self._torn = True  # until the last operation is done
+        if (recorded := self._recording(program, frame, at)) is not None:
+            self._torn = True  # until the last operation is done
+            column = recorded(self._states, frame, mask, at)
+            self._torn = False
+            return column, False if column is None else mask
+        self._torn = True
         if self.start_mode == "replicate":
             new = (seen == 0) & mask
             at.new = True if new.all() else new if new.any() else False
@@ -361,6 +384,22 @@ class Continual(nn.Module):
                 op.clear(state, slots)
         self._torn = False
         return column
+
+    def _recording(self, program: Program, frame: Tensor, at: Moment) -> Recorded | None:
+        """The step as it was recorded for columns like those of now; None where it cannot be."""
+        if self.training:
+            self._recorded = {}  # a step with a gradient does not keep the tensors of its state
+            return None
+        ons = program.steady_ons(at) if at.update and in_c(frame) else None
+        if ons is None:
+            return None
+        situation = winners.situation()
+        before, found = self._recorded.get(ons, (None, None))
+        if before != situation or (found is not None and not found.fits(frame)):
+            recorder = Recorder(program, self._states, self._shapes, frame, ons)
+            found = Recorded(recorder) if recorder.record() else None
+            self._recorded[ons] = situation, found
+        return found
 
     def _result(self, column: Any, on: On) -> Step:
         time = self.graph().time(self.graph().output)
@@ -417,6 +456,7 @@ class Continual(nn.Module):
         twin = self.__class__.__new__(self.__class__)
         twin.__dict__.update(self.__dict__)
         twin._states, twin._seen, twin._torn = {}, np.zeros(0, np.int64), False
+        twin._recorded = {}
         return twin
 
     # Bookkeeping.
@@ -425,6 +465,7 @@ class Continual(nn.Module):
         """No graph, no state: all of it is made again when it is needed."""
         self._graph, self._programs = None, {}
         self._states, self._seen = {}, np.zeros(0, np.int64)
+        self._recorded, self._shapes = {}, []
         self._frame = self._example = self._device = None
         self._torn = False
         self._version, self._tensors = -1, None
@@ -439,7 +480,10 @@ class Continual(nn.Module):
         kept = dict(self.__dict__)
         spare = self._twin()
         spare._forget()
-        for name in ("_graph", "_programs", "_states", "_seen", "_frame", "_example", "_tensors"):
+        for name in (
+            "_graph", "_programs", "_states", "_seen", "_frame", "_example", "_tensors",
+            "_recorded", "_shapes",
+        ):  # fmt: skip
             kept[name] = spare.__dict__[name]
         return kept
 

@@ -6,7 +6,7 @@ Inside a network a column keeps its time axis, of extent 1: (N, C, 1, *frame). S
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -35,7 +35,6 @@ class Moment:
     active: On
     new: On = False
     update: bool = True
-    after: list[Callable[[], Any]] = field(default_factory=list)  # what the end of the step does
 
     def on(self, clock: Clock) -> On:
         """The slots in which the frame brings a column."""
@@ -44,17 +43,6 @@ class Moment:
         found = clock.on_each(self.seen) | self.new
         found &= self.active
         return True if found.all() else found if found.any() else False
-
-    def common_place(self, clock: Clock, count: int) -> int:
-        """Where in a ring the newest column belongs."""
-        assert self.common is not None
-        return clock.column(self.common) % count
-
-    def column(self, clock: Clock) -> Any:
-        """The column that the frame brings, or the last one before it; per slot if they differ."""
-        if self.common is not None:
-            return clock.column(self.common)
-        return clock.column(self.seen)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -177,36 +165,26 @@ class Retime(Op):
 class Delay(Op):
     """Keeps columns until a later value has got as far.
 
-    count  columns that are kept; `early` the clock they come by, `late` the one they go by
+    count  columns that are kept: every new one finds the place of the one that leaves
     """
 
-    def __init__(self, count: int, early: Clock, late: Clock) -> None:
-        self.count, self.early, self.late = count, early, late
+    def __init__(self, count: int) -> None:
+        self.count = count
 
     def allocate(self, xs: Sequence[Tensor]) -> State:
-        return {"columns": stacked(self.count, xs[0])}
+        return ring_of(self.count, xs[0])
 
     def clear(self, state: State, slots: Tensor | None = None) -> None:
-        ring = state["columns"]
-        if slots is None:
-            ring.zero_()
-        else:
-            ring[:, slots] = 0
+        empty(state, slots)
 
     def fill(self, state: State, xs: Sequence[Tensor], slots: On) -> None:
         fill(state["columns"], xs[0], slots)
 
     def step(self, state, xs, ons, on, at):  # type: ignore[no-untyped-def]
-        ring, y = state["columns"], None
-        if on is True and ons[0] is True and at.common is not None and at.update:
-            # What is read may stay where it is until all have read it.
-            place = ring[at.common_place(self.early, self.count)]
-            at.after.append(partial(place.copy_, xs[0]))
-            return place
-        if on is not False:  # before the newest column takes the place of the one that leaves
-            y = read(ring, at.column(self.late) % self.count)
+        # Before the newest column takes the place of the one that leaves.
+        y = None if on is False else oldest(state)
         if ons[0] is not False and at.update:
-            write(ring, at.column(self.early) % self.count, xs[0], ons[0])
+            push(state, xs[0], ons[0])
         return y
 
     def clip(self, xs, first, end):  # type: ignore[no-untyped-def]
@@ -217,21 +195,46 @@ class Delay(Op):
         return [*zeros, *x.slice(max(first, x.first), end)]
 
 
-def read(ring: Tensor, place: Any) -> Tensor:
-    """A copy of one entry of every slot's ring; place: one number, or one per slot."""
-    if isinstance(place, np.ndarray):
-        return ring[torch.from_numpy(place), torch.arange(ring.shape[1])]
-    return ring[place].clone()
+def ring_of(count: int, like: Tensor, blank: float = 0.0) -> State:
+    """The last `count` columns of every slot.
+
+    columns  (count, N, ...): that of number t is in entry t mod count
+    steps    (1, N): columns that each slot had
+    """
+    steps = torch.zeros((1, like.shape[0]), dtype=torch.int64, device=like.device)
+    return {"columns": stacked(count, like, blank), "steps": steps}
 
 
-def write(ring: Tensor, place: Any, x: Tensor, on: On) -> None:
-    """Overwrite one entry of the ring of some slots."""
-    if not isinstance(place, np.ndarray) and on is True:
-        ring[place].copy_(x)
-        return
+def empty(state: State, slots: Tensor | None = None, blank: float = 0.0) -> None:
+    """As if some slots, or all, had had no columns."""
+    for tensor, value in ((state["columns"], blank), (state["steps"], 0)):
+        if slots is None:
+            tensor.fill_(value)
+        else:
+            tensor[:, slots] = value
+
+
+def read(state: State, ages: Tensor) -> Tensor:
+    """Copies (ages, N, ...) of columns; the last one has age 1."""
+    ring, steps = state["columns"], state["steps"]
+    slots = torch.arange(ring.shape[1], device=ring.device)
+    return ring[(steps - ages[:, None]) % len(ring), slots]
+
+
+def oldest(state: State) -> Tensor:
+    """A copy (N, ...) of the column whose place the next one takes."""
+    ring, steps = state["columns"], state["steps"]
+    return ring[steps[0] % len(ring), torch.arange(ring.shape[1], device=ring.device)]
+
+
+def push(state: State, x: Tensor, on: On) -> None:
+    """The newest column of some slots takes the place of their oldest."""
+    ring, steps = state["columns"], state["steps"]
     slots = torch.arange(ring.shape[1]) if on is True else rows(on)
-    places = np.broadcast_to(np.asarray(place), ring.shape[1:2])
-    ring[torch.from_numpy(places[slots.numpy()].copy()), slots] = x[slots]
+    slots = slots.to(ring.device)
+    x = x.detach()
+    ring[steps[0, slots] % len(ring), slots] = x if on is True else x[slots]
+    steps[0, slots] += 1
 
 
 def fill(ring: Tensor, x: Tensor, slots: On) -> None:
@@ -256,7 +259,6 @@ class Window(Op):
 
     def __init__(
         self,
-        clock: Clock,
         reach: int,
         reduce: Callable[[Tensor], Tensor],
         each: Callable[[Tensor], Tensor] | None = None,
@@ -266,21 +268,17 @@ class Window(Op):
         padding: int = 0,
         blank: float = 0.0,
     ) -> None:
-        self.clock, self.reach, self.reduce, self.each = clock, reach, reduce, each
+        self.reach, self.reduce, self.each = reach, reduce, each
         self.dilation, self.stride, self.padding, self.blank = dilation, stride, padding, blank
 
     def _each(self, x: Tensor) -> Tensor:
         return x if self.each is None else self.each(x)
 
     def allocate(self, xs: Sequence[Tensor]) -> State:
-        return {"columns": stacked(self.reach, self._each(xs[0]), self.blank)}
+        return ring_of(self.reach, self._each(xs[0]), self.blank)
 
     def clear(self, state: State, slots: Tensor | None = None) -> None:
-        ring = state["columns"]
-        if slots is None:
-            ring.fill_(self.blank)
-        else:
-            ring[:, slots] = self.blank
+        empty(state, slots, self.blank)
 
     def fill(self, state: State, xs: Sequence[Tensor], slots: On) -> None:
         fill(state["columns"], self._each(xs[0]), slots)
@@ -288,18 +286,13 @@ class Window(Op):
     def step(self, state, xs, ons, on, at):  # type: ignore[no-untyped-def]
         if ons[0] is False:
             return None
-        ring, x, y = state["columns"], self._each(xs[0]), None
-        newest = at.column(self.clock)
+        x, y = self._each(xs[0]), None
         if on is not False:
-            order = list(range(self.reach, 0, -self.dilation))
-            if isinstance(newest, np.ndarray):
-                places = (newest - np.array(order)[:, None]) % self.reach  # (k - 1, N)
-                kept = ring[torch.from_numpy(places), torch.arange(ring.shape[1])]
-            else:
-                kept = ring[[(newest - age) % self.reach for age in order]]
+            ages = torch.arange(self.reach, 0, -self.dilation, device=x.device)
+            kept = read(state, ages)
             y = self.reduce(torch.cat([kept, x[None]]).contiguous())
         if at.update:
-            write(ring, newest % self.reach, x, ons[0])
+            push(state, x, ons[0])
         return y
 
     def clip(self, xs, first, end):  # type: ignore[no-untyped-def]

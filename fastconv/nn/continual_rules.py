@@ -12,7 +12,8 @@ from torch.nn import functional
 
 from fastconv.errors import UnsupportedError
 
-from .continual_graph import Graph, largest, mean
+from .continual_elementwise import Pool, largest, mean, spatial_mean
+from .continual_graph import Graph
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -28,8 +29,6 @@ ADAPTIVE_POOLS: dict[
     nn.AdaptiveMaxPool2d: (2, functional.adaptive_max_pool2d, largest),
     nn.AdaptiveMaxPool3d: (3, functional.adaptive_max_pool3d, largest),
 }
-_AVERAGE = {1: functional.avg_pool1d, 2: functional.avg_pool2d, 3: functional.avg_pool3d}
-_MAX = {1: functional.max_pool1d, 2: functional.max_pool2d, 3: functional.max_pool3d}
 # Every position by itself, or channels at one position.
 POSITIONWISE = (
     nn.ReLU, nn.ReLU6, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh,
@@ -127,13 +126,14 @@ def average_pool(graph: Graph, pool: Any, value: int, name: str, axes: int) -> i
         raise UnsupportedError("averages over fewer columns at the start of a clip")
     each = None
     if axes > 1:
-        each = partial(
-            _AVERAGE[axes],
-            kernel_size=(1, *kernel[1:]),
-            stride=(1, *stride[1:]),
-            padding=(0, *padding[1:]),
-            ceil_mode=pool.ceil_mode,
-            count_include_pad=pool.count_include_pad,
+        each = Pool(
+            True,
+            (1, *kernel[1:]),
+            (1, *stride[1:]),
+            (0, *padding[1:]),
+            (1,) * axes,
+            pool.ceil_mode,
+            pool.count_include_pad,
         )
     return graph.window(
         value, kernel[0], mean, each, stride=stride[0], padding=padding[0], name=name
@@ -149,13 +149,13 @@ def max_pool(graph: Graph, pool: Any, value: int, name: str, axes: int) -> int:
     )
     each = None
     if axes > 1:
-        each = partial(
-            _MAX[axes],
-            kernel_size=(1, *kernel[1:]),
-            stride=(1, *stride[1:]),
-            padding=(0, *padding[1:]),
-            dilation=(1, *dilation[1:]),
-            ceil_mode=pool.ceil_mode,
+        each = Pool(
+            False,
+            (1, *kernel[1:]),
+            (1, *stride[1:]),
+            (0, *padding[1:]),
+            (1, *dilation[1:]),
+            pool.ceil_mode,
         )
     return graph.window(
         value,
@@ -181,19 +181,15 @@ def adaptive_pool(
     size = per_axis(pool.output_size, axes) if pool.output_size is not None else (None,)
     if size[0] not in (1, None):
         raise UnsupportedError(f"pools a clip to {size[0]} columns; only 1 is served")
-    each = partial(function, output_size=(1, *size[1:]) if axes > 1 else 1)
+    each: Callable[[Tensor], Tensor] = spatial_mean
+    if reduce is not mean or any(extent != 1 for extent in size[1:]):
+        each = partial(function, output_size=(1, *size[1:]) if axes > 1 else 1)
     if size[0] is None:
         window = 1
     if window is None:
         raise UnsupportedError("pools over the whole clip; say over how many columns, `window`")
     padding = window - 1 if gate else 0
     return graph.window(value, window, reduce, each, padding=padding, name=name)
-
-
-def spatial_mean(x: Tensor) -> Tensor:
-    """(N, C, 1, *size) averaged over its positions, (N, C, 1, 1, ...)."""
-    axes = tuple(range(3, x.dim()))
-    return x.mean(axes, keepdim=True) if axes else x
 
 
 def concatenated(*xs: Tensor) -> Tensor:

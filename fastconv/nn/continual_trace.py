@@ -16,11 +16,13 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from . import conv
+
 
 def trace_clip(model: nn.Module, clip: Tensor) -> fx.Graph:
     """The operations of `model(clip)` in eval mode; the model is not changed.
 
-    Leaves are PyTorch's own modules, except containers, and continual ones. meta: `shape`,
+    Leaves are PyTorch's own modules, except containers, ours and continual ones. meta: `shape`,
     and `where`, the qualified name of the module whose code it is in.
 
     Raises what the model raises for this clip.
@@ -42,10 +44,12 @@ def trace_clip(model: nn.Module, clip: Tensor) -> fx.Graph:
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether a module is one operation: one whose `forward` is PyTorch's, unless a container's."""
+    """Whether a module is one operation: one whose `forward` is PyTorch's, unless a container's, or
+    a convolution of ours.
+    """
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-    theirs = type(module).forward.__module__.startswith("torch.nn")
-    own = theirs and not isinstance(module, containers)
+    where = type(module).forward.__module__
+    own = where.startswith(("torch.nn.", conv.__name__)) and not isinstance(module, containers)
     return own or hasattr(module, "record")
 
 

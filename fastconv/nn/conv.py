@@ -14,6 +14,10 @@ from fastconv.plan import CHANNELS_LAST, Plan, Request
 
 Module = TypeVar("Module", bound="_Conv")
 MAX_SHAPES = 256  # input shapes remembered per module
+# What a plan depends on besides the arrays.
+_OPTIONS = {"stride", "padding", "dilation", "groups", "channels_last"} | {
+    "algorithm", "backend", "tolerance", "max_workspace_bytes",
+}  # fmt: skip
 
 
 class _Conv(nn.modules.conv._ConvNd):
@@ -49,6 +53,11 @@ class _Conv(nn.modules.conv._ConvNd):
         self._runners: dict[Any, torch_ops.Runner] = {}
         self._held: torch_ops.PackedWeights | None = None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in _OPTIONS:
+            self._runners = {}
+
     @classmethod
     def convert(cls: type[Module], module: nn.Module, **kernel_options: Any) -> Module:
         """This class with the parameters (not copies), buffers and hooks of PyTorch's module."""
@@ -62,8 +71,6 @@ class _Conv(nn.modules.conv._ConvNd):
         return self._runner_for(x, self.weight.shape, self.bias is not None).plan
 
     def _runner_for(self, x: Tensor, w_shape: torch.Size, has_bias: bool) -> torch_ops.Runner:
-        # Everything that may be set on a module between two calls is part of the key.
-        options = (self.stride, self.padding, self.dilation, self.groups)
         key = (
             x.shape,
             x.stride(),
@@ -71,12 +78,6 @@ class _Conv(nn.modules.conv._ConvNd):
             None if x.is_cpu else (x.device.type, torch_ops.precision_of(x)),
             w_shape,
             has_bias,
-            options,
-            self.channels_last,
-            self.algorithm,
-            self.backend,
-            self.tolerance,
-            self.max_workspace_bytes,
             winners.generation(),
         )
         runner = self._runners.get(key)
@@ -84,6 +85,7 @@ class _Conv(nn.modules.conv._ConvNd):
             if len(self._runners) >= MAX_SHAPES:
                 self._runners.clear()
             op = f"conv{len(self.kernel_size)}d"
+            options = (self.stride, self.padding, self.dilation, self.groups)
             plan = planner.plan(
                 Geometry.of(x.shape, w_shape, *options, op=op),
                 dtype=str(x.dtype).removeprefix("torch."),
@@ -127,6 +129,14 @@ class _Conv(nn.modules.conv._ConvNd):
         """The plan that the last input of this shape (with its batch axis) ran; None if none."""
         plans = [r.plan for key, r in self._runners.items() if key[0] == tuple(x_shape)]
         return plans[-1] if plans else None
+
+    def forward(self, input: Tensor) -> Tensor:
+        own: dict[str, Any] = self._parameters
+        try:  # as nn.Module looks them up, in less time
+            weight, bias = own["weight"], own["bias"]
+        except KeyError:  # computed, by torch.nn.utils.parametrize for one
+            weight, bias = self.weight, self.bias
+        return self._conv_forward(input, weight, bias)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         zeros = self.padding_mode == "zeros"

@@ -19,7 +19,7 @@ from torch.nn import functional
 from fastconv.errors import UnsupportedError
 
 from . import continual_rules as rules
-from .continual_graph import largest, mean, summed
+from .continual_elementwise import largest, mean, spatial_mean, summed
 from .continual_ops import zeros_beside
 
 if TYPE_CHECKING:
@@ -135,7 +135,8 @@ def binary(converter: Converter, node: fx.Node, a: Any, b: Any, **kwargs: Any) -
         return b if isinstance(a, Zeros) else a
     if isinstance(a, Traced) and isinstance(b, Traced):
         first, second = same_rate((a, b))
-        kind = "add" if name == "add" and a.shape == b.shape and not kwargs else ""
+        kind = {"add": "add" if a.shape == b.shape else "", "mul": "scale"}.get(name, "")
+        kind = "" if kwargs else kind
         time = _joined_time((a, b), node.meta["shape"])
         return framewise(converter, node, function, first, second, time=time, kind=kind)
     x, other = (a, b) if isinstance(a, Traced) else (b, a)
@@ -358,6 +359,8 @@ def reduced(
     over = {"mean": mean, "sum": summed, "amax": largest}[name]
     spatial = tuple(a for a in axes if a != x.time)
     each = partial(getattr(torch, name), dim=spatial, keepdim=True) if spatial else None
+    if name == "mean" and x.time == 2 and spatial == tuple(range(3, x.dims)) and spatial:
+        each = spatial_mean
     graph, value = converter.graph, x.value
     if x.time is not None and x.time in axes:
         gate = converter.is_gate(node)
