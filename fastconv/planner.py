@@ -268,7 +268,8 @@ def _variants(base: Plan, request: Request) -> Iterator[Plan]:
     if base.backend == "torch":  # which has no transforms: the block is three convolutions
         choices = [(1,) * len(taps)] if tile is None or max(tile) == 1 else []
     else:
-        grouped = base.family == "winograd" and base.geometry.groups > 1
+        g = base.geometry
+        grouped = base.family == "winograd" and isinstance(g, Geometry) and g.groups > 1
         choices = [tile] if tile is not None else list(_tiles(base.family, taps, sizes, grouped))
     for ms in choices:
         if len(ms) != len(taps):

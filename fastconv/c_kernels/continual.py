@@ -46,6 +46,7 @@ def _clip(plan: Plan) -> tuple[ModuleType, Plan, tuple[Geometry, ...]]:
     geometry whose clips they follow, if they ask; for the option `sum`, of one tap of one stream.
     """
     g = plan.geometry
+    assert isinstance(g, Geometry)
     # Three axes with time in front: fewer would be lifted with theirs behind.
     kernel, stride, padding, dilation = (
         (first, *(one,) * (3 - g.n), *values[1:])
