@@ -96,13 +96,14 @@ typedef struct {
 
    ring     (channels, channel_stride)
    sums     (outputs, sums_stride)
-   offsets  of every term of an output frame */
+   offsets  of every term of an output frame
+   tiled    of F(m, r): a packed frame, V, M and the bias in all lanes */
 typedef struct {
     const lanes_call *call;
     int64_t image, group, groups, row, rows, column, columns, time, last_time;
     float *ring, *sums;
     int64_t *offsets;
-    struct lanes_tiled {
+    struct {
         float *packed, *v, *m, *bias;
     } tiled;
 } lanes_strip;
@@ -117,10 +118,10 @@ static void lanes_pack(const lanes_strip *s, int64_t t, float *slot, int64_t to_
     const float *frame =
         input_frame(g, c->arrays->x, c->frames, s->image, t) + s->group * depth;
     /* Rows in the order of memory, though phases take turns. */
-    int64_t row_step = l->tile[1] > 1 ? l->tile[1] : g->stride[1], top = s->row * g->stride[1];
+    int64_t row_step = l->tile[1] > 1 ? l->tile[1] : g->stride[1];
+    int64_t top = s->row * g->stride[1] - g->pad[1];
     int64_t reach = (s->rows - 1) * g->stride[1] + (g->kernel[1] - 1) * g->dilation[1];
     int64_t below = (l->row_phases > 1 ? 1 : row_step) * w * pixel;
-    top -= g->pad[1];
     for (int64_t r = fc_max(-top, 0); r <= fc_min(reach, g->in_size[1] - 1 - top); r++) {
         int64_t i = 0;
         while (i < l->row_phases && l->residues[i] != r % row_step) i++;

@@ -79,5 +79,4 @@ static void lanes_run(const fc_grouped *p, const fc_arrays *a, const float *cons
     fc_parallel_for(threads, strips * c.times, lanes_item, &c);
 }
 
-
 #endif

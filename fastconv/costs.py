@@ -183,13 +183,8 @@ def _vector_share() -> float:
     """Lanes of the C backend's vectors, of those that the rates were measured with. Where there are
     fewer, everything multiplies more slowly, but values move as fast: they count for less.
     """
-    from . import backends
-
-    if backends.available()["c"] is not None:
-        return 1.0
-    from .c_kernels import launch
-
-    return launch.lanes() / LANES
+    launch = sys.modules.get(f"{__package__}.c_kernels.launch")
+    return launch.lanes() / LANES if launch is not None else 1.0
 
 
 def _layout_copies(plan: Plan) -> float:

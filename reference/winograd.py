@@ -26,6 +26,8 @@ CONFIGS: tuple[dict[str, int], ...] = ({},)
 
 def supports(geometry: Geometry, dtype: str, epilogue: Epilogue) -> str | None:
     """None, or the reason against."""
+    if geometry.is_depthwise and geometry.groups > 1:
+        return "winograd is for more than one input channel per group"
     if any(d != 1 for d in geometry.dilation):
         return f"winograd is for dilation 1, not {geometry.dilation}"
     if all(r <= s for r, s in zip(geometry.kernel, geometry.stride, strict=True)):

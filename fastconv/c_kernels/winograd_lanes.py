@@ -17,7 +17,7 @@ def refuses_geometry(geometry: Geometry) -> str | None:
     """None, or the reason against a geometry of several groups."""
     outputs = geometry.out_channels // geometry.groups
     if geometry.is_depthwise:
-        return "winograd with one input channel per group has no kernel"
+        return "winograd is for more than one input channel per group"
     if outputs > grouped.MOST_OUTPUTS:
         return (
             f"winograd with several groups is for up to {grouped.MOST_OUTPUTS} output channels "
