@@ -131,7 +131,8 @@ class Recorder:
             on = self.ons[self.program.clock_of[number]]
             inputs = tuple(same.get(i, i) for i in node.inputs)
             if isinstance(node.op, Retime):
-                same[number] = inputs[0]
+                if on:
+                    same[number] = inputs[0]
             elif on or any(ons):
                 steps.append(Step(number, node.name, node.op, inputs, ons, on))
         self.output = same.get(self.program.output, self.program.output)
