@@ -260,7 +260,9 @@ def _python(parts: Sequence[Segment | Step]) -> set[int]:
 
 def _convolution(r: Recorder, step: Step) -> bool:
     op: Any = step.op
-    if step.ons[0] is not step.on and op.form == "sum":
+    if not step.ons[0]:
+        return not step.on
+    if not step.on and op.form == "sum":
         return False
     x = step.inputs[0]
     stepper, packed, bias = op.packed(r.example(x))
