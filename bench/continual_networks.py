@@ -21,14 +21,6 @@ from .problems import Problem
 if TYPE_CHECKING:
     from fastconv.nn.to_continual import ContinualNetwork
 
-# The clip network that each is.
-NETWORKS = {
-    "cox3d_s": "x3d_s",
-    "cox3d_m": "x3d_m",
-    "cox3d_l": "x3d_l",
-    "coi3d": "i3d_r50",
-    "coslow": "slow_r50",
-}
 FORM = "auto"  # of the memory
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 from fastconv import __version__, backends
 
+from .limits import limited
+
 PACKAGES = (
     "numpy",
     "numba",
@@ -30,6 +32,7 @@ def facts(device: str = "cpu") -> dict[str, Any]:
         "kind": kind(device),
         "cpu": cpu_name(),
         "instruction_sets": list(backends.instruction_sets()),
+        "limited_to": limited(),
         "cpus": cpus(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "load": round(load(), 2),
@@ -51,14 +54,17 @@ def facts(device: str = "cpu") -> dict[str, Any]:
 
 
 def kind(device: str = "cpu") -> str:
-    """A file name for results of such machines, e.g. 'amd-epyc-26-2-2cpu' or 'nvidia-h200'."""
+    """A file name for results of such machines, e.g. 'amd-epyc-26-2-2cpu' or 'nvidia-h200', with
+    '-avx2' behind it where a run is limited to that.
+    """
     if device != "cpu":
         import torch
 
         return _slug(torch.cuda.get_device_name())
     info = _cpuinfo()
     model = [info[key] for key in ("cpu family", "model") if key in info]
-    return _slug("-".join((info.get("model name") or platform.machine(), *model, f"{cpus()}cpu")))
+    names = (info.get("model name") or platform.machine(), *model, f"{cpus()}cpu", limited() or "")
+    return _slug("-".join(names))
 
 
 def cpu_name() -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from . import limits
+
 KINDS = ("layers", "blocks", "networks", "streams", "training")
 HELP = {
     "all": "all five, the most informative cases first",
@@ -60,6 +62,8 @@ def _timing(parser: argparse.ArgumentParser, kinds: tuple[str, ...]) -> None:
     add("--tile", type=_tile, metavar="MxMxM", help="of winograd layers: outputs per tile and axis")
     add("--peers", default="all", help="all (default), none, or names with commas, see list")
     add("--table-only", action="store_true", help="of layers: without those of the networks")
+    text = "limit ours and PyTorch to an instruction set of this CPU; other peers are left out"
+    add("--isa", choices=sorted(limits.LIMITS), help=text)
     add("--cold", action="store_true", help="empty the caches before each timed call")
     add("--threads", type=_positive, help="default: every CPU that this process may use")
     add("--repeats", type=_positive, default=50, help="at most; default: %(default)s")
@@ -76,6 +80,9 @@ def _timing(parser: argparse.ArgumentParser, kinds: tuple[str, ...]) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.isa:
+        limits.limit(args.isa)
+        args.peers = limits.OBEDIENT if args.peers == "all" else args.peers
     from . import run
 
     return run.main(args)

@@ -200,12 +200,12 @@ def _training(problem: Problem, device: str) -> Problem:
 
 def _network(case: Case, folder: str | None, device: str) -> Problem:
     """The seeded network on random noise; PyTorch's own error in float32 is the measure."""
-    from fastconv.zoo import NETWORKS, build
+    from fastconv.zoo import CONTINUAL, NETWORKS, build
 
     from . import continual_networks
 
-    if case.target in continual_networks.NETWORKS:
-        clip = replace(case, target=continual_networks.NETWORKS[case.target])
+    if case.target in CONTINUAL:
+        clip = replace(case, target=CONTINUAL[case.target])
         return continual_networks.problem_of(case, _network(clip, folder, device))
     if case.target not in NETWORKS:
         raise UnsupportedError(f"the zoo of this version has no {case.target}")

@@ -64,7 +64,8 @@ def section(document: Document) -> str:
     m, s = document.machine, document.settings
     versions = [f"{name} {m['versions'][name]}" for name in _named(m["versions"])]
     busy = " **The machine was not quiet.**" if not_quiet(document) else ""
-    where = f"{m['cpu']}, {s['threads']} threads, float32, batch 1"
+    limit = f" limited to {m['limited_to'].upper()}" if m.get("limited_to") else ""
+    where = f"{m['cpu']}{limit}, {s['threads']} threads, float32, batch 1"
     turns = "each library by turns with ours in a process of its own"
     exact = "compute in float32 too"
     if s["device"] != "cpu":

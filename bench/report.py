@@ -18,6 +18,8 @@ def header(document: Document) -> list[str]:
     m, s = document.machine, document.settings
     versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items())
     sets = " ".join(m["instruction_sets"][-4:])
+    if m.get("limited_to"):
+        sets = f"limited to {m['limited_to']}"
     lines = [
         f"{m.get('gpu') or m['cpu']}, {m['cpus']} CPUs, {sets}; {s['threads']} threads",
         f"{versions}; commit {m['commit'] or 'unknown'}",

@@ -16,9 +16,9 @@ MODULE = "fastconv.c_kernels._csrc"
 # What Python may call: read by cffi, so each is free of preprocessor lines.
 HEADERS = (
     "fastconv.h",
+    "grouped.h",
     "winograd.h",
     "depthwise.h",
-    "grouped.h",
     "hfa.h",
     "continual.h",
     "gradients.h",

@@ -1,12 +1,14 @@
 /* Depthwise convolution: along one axis by lines, otherwise by tiles of outputs. */
 #include "depthwise_lines.h"
 #include "depthwise_loops.h"
+#include "depthwise_roll.h"
 #include "depthwise_tile.h"
 
 enum {
-    DW_SERIAL = 1 << 18,      /* multiplications below which starting threads would not pay */
-    DW_NEAR_VECTORS = 4,      /* of channels in a region: its rows, and their weights, stay in L1 */
-    DW_NEAR_BYTES = 40 << 10  /* of input that a region reads for one output frame: stays in L1 */
+    DW_SERIAL = 1 << 18,       /* multiplications below which starting threads would not pay */
+    DW_NEAR_VECTORS = 64 / VL, /* of channels in a region: rows, and their weights, stay in L1 */
+    DW_NEAR_BYTES = 40 << 10,  /* of input that a region reads for an output frame: stays in L1 */
+    DW_FAR_BYTES = 16 << 20    /* of x and y: some of it is in memory, which answers late */
 };
 
 static int64_t dw_vectors(const fc_geometry *g) { return fc_ceil_div(g->out_channels, VL); }
@@ -31,48 +33,52 @@ static uint64_t dw_inside(int64_t first, int64_t count, int64_t size) {
    vector is in the group of the one that it overlaps.
 
    frames   address of every input frame, NULL where frames follow one another from x on
+   kind     compiled tiles, or NULL
    lane_of  per vector, which input lane each output lane reads; NULL with multiplier 1
    high, wide     outputs of a region along H and W
    strips, groups, chunks   of rows, of vectors, of frames
-   through  regions go through the frames
-   ahead    ask for what later tiles read and write */
+   parts    groups that an item goes through one after another, region by region
+   through  regions go through the frames; rolled: by dw_rolled
+   ahead    ask for what later tiles read
+   stream   write past the caches */
 typedef struct {
     const fc_depthwise *d;
     const fc_arrays *a;
     const float *const *frames;
     const tile_kind *kind;
-    const float *zeros;
     const vec_int *lane_of;
-    int64_t cols, high, wide, strips, groups, chunks;
-    int width, through, ahead;
+    int64_t cols, high, wide, strips, groups, parts, chunks;
+    int width, through, rolled, ahead, stream;
 } dw_job;
 
 typedef struct {
     int64_t image, top, bottom, left, right, vector, last_vector;
 } dw_region;
 
+static const float *dw_plane(const dw_job *j, int64_t image, int64_t frame) {
+    const fc_geometry *g = &j->d->geometry;
+    int64_t index = image * g->in_size[0] + frame;
+    if (j->frames) return j->frames[index];
+    return j->a->x + index * g->in_size[1] * g->in_size[2] * g->in_channels;
+}
+
 /* The planes that output frame t of an image reads, and the first tap that reads one. */
 static int64_t dw_planes(const dw_job *j, int64_t image, int64_t t, const float **planes,
                          int64_t *first) {
     const fc_geometry *g = &j->d->geometry;
     int64_t start = t * g->stride[0] - g->pad[0], step = g->dilation[0], time = g->in_size[0];
-    int64_t size = g->in_size[1] * g->in_size[2] * g->in_channels, count = 0;
+    int64_t count = 0;
     *first = start < 0 ? fc_ceil_div(-start, step) : 0;
-    for (int64_t k = *first; k < g->kernel[0] && start + k * step < time; k++) {
-        int64_t frame = image * time + start + k * step;
-        planes[count++] = j->frames ? j->frames[frame] : j->a->x + frame * size;
-    }
+    for (int64_t k = *first; k < g->kernel[0] && start + k * step < time; k++)
+        planes[count++] = dw_plane(j, image, start + k * step);
     return count;
 }
 
-/* What to ask for: a row of tiles reads x and writes y, both at channel 0 of the first column. */
-typedef struct {
-    const float *x, *y;
-} dw_ahead;
-
-/* The tiles of a row in a region, compiled for their taps. */
+/* The tiles of a row in a region by kernels for the inside and for edges; next: what to ask for
+   meanwhile, at channel 0 of the first column, or NULL. */
 static void dw_compiled(const dw_job *j, dw_tile *tile, const dw_region *r, int64_t rows,
-                        int64_t top, int64_t first_tap, int64_t out_row, const dw_ahead *next) {
+                        int64_t top, int64_t first_tap, int64_t out_row, const float *next,
+                        const dw_kernel *kernels) {
     const fc_geometry *g = &j->d->geometry;
     const fc_arrays *a = j->a;
     int64_t c = g->in_channels, out_width = g->out_size[2], taps = g->kernel[1] * g->kernel[2];
@@ -83,7 +89,8 @@ static void dw_compiled(const dw_job *j, dw_tile *tile, const dw_region *r, int6
     tile->rows = dw_inside(top, in_rows, g->in_size[1]);
     tile->vectors = r->last_vector - r->vector;
     tile->last_channel = c - VL - channel;
-    tile->w_vector = g->kernel[0] * taps * VL;
+    tile->w_plane = taps * VL;
+    tile->w_vector = g->kernel[0] * tile->w_plane;
     tile->weights = a->weights + (r->vector * g->kernel[0] + first_tap) * taps * VL;
     tile->bias = a->bias[0] ? a->bias[0] + channel : NULL;
     for (int64_t column = r->left; column < r->right; column += j->cols) {
@@ -95,10 +102,9 @@ static void dw_compiled(const dw_job *j, dw_tile *tile, const dw_region *r, int6
         tile->at = (top * g->in_size[2] + left) * c + channel;
         tile->y = a->y + at;
         tile->residual = a->residual ? a->residual + at : NULL;
-        tile->next_x = next->x ? next->x + first * g->stride[2] * c + channel : NULL;
-        tile->next_y = next->y ? next->y + first * c + channel : NULL;
+        tile->next_x = next ? next + first * g->stride[2] * c + channel : NULL;
         int edge = tile->rows != all_rows || tile->cols != all_cols;
-        j->kind->kernels[j->width][rows - 1][edge](tile);
+        kernels[edge](tile);
     }
 }
 
@@ -127,27 +133,24 @@ static void dw_looped(const dw_job *j, dw_tile *tile, const dw_region *r, int64_
         }
 }
 
-/* Where the next tiles read what no tile before them did, and write: through the frames, in the next
-   one; else further along the rows. */
-static dw_ahead dw_next(const dw_job *j, const dw_region *r, const dw_tile *tile, int64_t t,
-                        int64_t end, int64_t top, int64_t out_row) {
+/* Where later tiles read what none before them did, the first column of a row of tiles: through the
+   frames, in the next one; else in the rows below. NULL where memory ends, or is near. */
+static const float *dw_next(const dw_job *j, const dw_region *r, const dw_tile *tile, int64_t t,
+                            int64_t end, int64_t top, int64_t rows) {
     const fc_geometry *g = &j->d->geometry;
-    dw_ahead next = {0};
-    if (!j->ahead || !tile->count) return next;
-    int64_t new_row = top + g->kernel[1] - g->stride[1];
-    int64_t new_column = g->kernel[2] - g->stride[2] - g->pad[2];
+    if (!j->ahead || !tile->count) return NULL;
+    int64_t height = g->in_size[1], row = top + g->kernel[1] - g->stride[1];
+    int64_t column = g->kernel[2] - g->stride[2] - g->pad[2];
+    int64_t newest = t * g->stride[0] - g->pad[0] + (g->kernel[0] - 1) * g->dilation[0];
     if (j->through) {
-        int64_t newest = (t + 1) * g->stride[0] - g->pad[0] + (g->kernel[0] - 1) * g->dilation[0];
-        if (t + 1 >= end || newest >= g->in_size[0]) return next;
-        int64_t row = (r->image * g->in_size[0] + newest) * g->in_size[1] + new_row;
-        next.x = j->a->x + row * tile->x_row + new_column * g->in_channels;
-        next.y = j->a->y + (out_row + g->out_size[1]) * tile->y_row;
+        newest += g->stride[0];
+        if (t + 1 >= end || newest >= g->in_size[0]) return NULL;
     } else {
-        next.x = tile->frames[tile->count - 1] + new_row * tile->x_row +
-                 j->cols * g->stride[2] * g->in_channels;
-        next.y = j->a->y + out_row * tile->y_row + j->cols * g->in_channels;
+        row += rows * g->stride[1];
+        if (row + rows * g->stride[1] > height) return NULL;
     }
-    return next;
+    return j->a->x + ((r->image * g->in_size[0] + newest) * height + row) * tile->x_row +
+           column * g->in_channels;
 }
 
 /* A region, frame by frame. */
@@ -162,12 +165,41 @@ static void dw_through(const dw_job *j, dw_tile *tile, const float **planes, con
             int64_t out_row = (r->image * g->out_size[0] + t) * g->out_size[1] + h;
             rows = rest >= TILE_ROWS && rest != TILE_ROWS + 1 ? TILE_ROWS : fc_min(rest, 2);
             if (j->kind) {
-                dw_ahead next = dw_next(j, r, tile, t, to, top, out_row);
-                dw_compiled(j, tile, r, rows, top, first_tap, out_row, &next);
+                const float *next = dw_next(j, r, tile, t, to, top, rows);
+                dw_compiled(j, tile, r, rows, top, first_tap, out_row, next,
+                            j->kind->kernels[j->width][rows - 1]);
             } else {
                 rows = 1;
                 dw_looped(j, tile, r, top, first_tap, out_row);
             }
+        }
+    }
+}
+
+/* A region of at most ROLL_ROWS rows and one tile's columns, plane by plane: each completes a
+   frame. The last planes may be outside: they have no rows. */
+static void dw_rolled(const dw_job *j, dw_tile *tile, const float **planes, const dw_region *r,
+                      int64_t from, int64_t to) {
+    const fc_geometry *g = &j->d->geometry;
+    vec sums[ROLL_ROWS][DW_NEAR_VECTORS][ROLL_TAPS - 1][ROLL_COLS];
+    const float *bias = j->a->bias[0];
+    for (int64_t v = r->vector; v < r->last_vector; v++) {
+        vec start = bias ? vload(bias + dw_channel(g, v)) : vzero();
+        for (int i = 0; i < ROLL_ROWS * (ROLL_TAPS - 1) * ROLL_COLS; i++)
+            sums[i % ROLL_ROWS][v - r->vector][i / ROLL_ROWS % 2][i / ROLL_ROWS / 2] = start;
+    }
+    tile->count = 1;
+    for (int64_t p = fc_max(0, from - g->pad[0]); p < to + ROLL_TAPS - 1 - g->pad[0]; p++) {
+        int64_t t = p + g->pad[0] - (ROLL_TAPS - 1);
+        int outside = p >= g->in_size[0];
+        planes[0] = dw_plane(j, r->image, outside ? 0 : p);
+        const dw_kernel *kernels = roll_kernels[t < from][t + ROLL_TAPS > to];
+        for (int64_t h = r->top; h < r->bottom; h++) {
+            int64_t top = outside ? g->in_size[1] : h * g->stride[1] - g->pad[1];
+            int64_t out_row = (r->image * g->out_size[0] + t) * g->out_size[1] + h;
+            tile->sums = (float *)sums[h - r->top];
+            const float *next = dw_next(j, r, tile, t, to, top, 1);
+            dw_compiled(j, tile, r, 1, top, 0, out_row, next, kernels);
         }
     }
 }
@@ -179,35 +211,40 @@ static void dw_item(void *context, int64_t item, int thread) {
     int64_t group = item / (j->chunks * j->strips) % j->groups, vectors = dw_vectors(g);
     const float **planes = (const float **)(j->a->workspace + thread * fc_lines(2 * g->kernel[0]));
     dw_tile tile = {.frames = planes, .x_row = g->in_size[2] * g->in_channels,
-                    .x_col = g->in_channels, .zeros = j->zeros,
-                    .y_row = g->out_size[2] * g->out_channels, .y_col = g->out_channels,
-                    .activation = j->d->activation};
+                    .x_col = g->in_channels, .y_row = g->out_size[2] * g->out_channels,
+                    .y_col = g->out_channels, .activation = j->d->activation, .stream = j->stream};
+    tile.y_plane = g->out_size[1] * tile.y_row;
     dw_region r = {.image = item / (j->chunks * j->strips * j->groups),
-                   .top = strip * j->high,
-                   .bottom = fc_min(g->out_size[1], (strip + 1) * j->high),
-                   .vector = dw_share(vectors, group, j->groups),
-                   .last_vector = dw_share(vectors, group + 1, j->groups)};
-    for (; r.left < g->out_size[2]; r.left += j->wide) {
-        r.right = fc_min(g->out_size[2], r.left + j->wide);
-        dw_through(j, &tile, planes, &r, dw_share(g->out_size[0], chunk, j->chunks),
-                   dw_share(g->out_size[0], chunk + 1, j->chunks));
-    }
+                   .top = dw_share(g->out_size[1], strip, j->strips),
+                   .bottom = dw_share(g->out_size[1], strip + 1, j->strips)};
+    int64_t from = dw_share(g->out_size[0], chunk, j->chunks);
+    int64_t to = dw_share(g->out_size[0], chunk + 1, j->chunks);
+    for (; r.left < g->out_size[2]; r.left += j->wide)
+        for (int64_t part = group * j->parts; part < (group + 1) * j->parts; part++) {
+            r.right = fc_min(g->out_size[2], r.left + j->wide);
+            r.vector = dw_share(vectors, part, j->groups * j->parts);
+            r.last_vector = dw_share(vectors, part + 1, j->groups * j->parts);
+            (j->rolled ? dw_rolled : dw_through)(j, &tile, planes, &r, from, to);
+        }
+    if (j->stream) vdrain();
 }
 
 /* Regions, and items enough for the threads. */
 static void dw_cut(dw_job *j, int threads) {
     const fc_geometry *g = &j->d->geometry;
     int64_t vectors = dw_vectors(g), height = g->out_size[1];
-    int64_t deep = j->ahead ? vectors : fc_min(vectors, DW_NEAR_VECTORS);
     int64_t frame = g->in_size[1] * g->in_size[2] * VL * (int64_t)sizeof(float);
     j->high = height;
     j->wide = g->out_size[2];
-    j->through = j->kind && g->kernel[0] > 1 && g->out_size[0] > 1;
-    if (j->through && frame * g->kernel[0] * deep > DW_NEAR_BYTES) {
-        j->high = 2;
+    int far = !j->frames && dw_bytes(g) > DW_FAR_BYTES;
+    j->ahead = far && j->kind && (j->through || g->kernel[0] == 1);
+    int64_t deep = far && !j->through ? vectors : fc_min(vectors, DW_NEAR_VECTORS);
+    if (j->through && (j->rolled || frame * g->kernel[0] * deep > DW_NEAR_BYTES)) {
+        j->high = j->rolled ? ROLL_ROWS : TILE_ROWS;
         j->wide = j->cols;
     }
-    j->groups = fc_ceil_div(vectors, deep);
+    j->groups = far ? 1 : fc_ceil_div(vectors, deep);
+    j->parts = far ? fc_ceil_div(vectors, deep) : 1;
     int64_t wanted = threads > 1 ? DW_ITEMS * threads : 1;
     int64_t have = fc_max(1, g->batch * j->groups * fc_ceil_div(height, j->high));
     j->chunks = have < wanted ? fc_min(g->out_size[0], fc_ceil_div(wanted, have)) : 1;
@@ -224,18 +261,19 @@ static void dw_tiles(const fc_depthwise *d, const fc_arrays *a, const float *con
     const fc_geometry *g = &d->geometry;
     int64_t taps = g->kernel[0] * g->kernel[1] * g->kernel[2];
     dw_job j = {.d = d, .a = a, .frames = frames, .cols = LOOP_COLS,
-                .zeros = a->weights + dw_vectors(g) * taps * VL};
+                .stream = dw_streams(g, a->y, g->out_channels)};
     j.kind = d->looped ? NULL : tile_kind_of(g);
-    j.ahead = !frames && dw_is_far(g);
-    if (g->out_channels != g->in_channels) j.lane_of = (const vec_int *)(j.zeros + VL);
-    if (j.kind) {
-        /* Least outputs in tiles, one more for the start of each; where memory is far, what a tile
-           asks for must stay in L1. */
+    if (g->out_channels != g->in_channels)
+        j.lane_of = (const vec_int *)(a->weights + dw_vectors(g) * taps * VL);
+    if (j.kind) { /* least outputs in tiles, one more for the start of each */
         int64_t wide = fc_ceil_div(g->out_size[2], WIDE) * (WIDE + 1);
         int64_t narrow = fc_ceil_div(g->out_size[2], NARROW) * (NARROW + 1);
-        j.width = g->out_size[2] < WIDE || narrow < wide || (j.ahead && g->kernel[0] == 1);
+        j.width = g->out_size[2] < WIDE || narrow < wide;
         j.cols = tile_widths[j.width];
     }
+    j.through = j.kind && g->kernel[0] > 1 && g->out_size[0] > 1;
+    j.rolled = j.through && rolls(g);
+    if (j.rolled) j.cols = ROLL_COLS;
     dw_cut(&j, threads);
     fc_parallel_for(threads, g->batch * j.groups * j.strips * j.chunks, dw_item, &j);
 }

@@ -1,6 +1,7 @@
 /* A depthwise convolution. Weights are packed as (vectors, KT, KH, KW, lanes), a vector being the
-   output channels that fc_depthwise_channel names, and zeros behind: one vector. In lines they are
-   (taps, K + lanes), the channels repeating, and behind them FC_LINE_CHUNK zeros. */
+   output channels that dw_channel names; behind them, for a multiplier, the input lane that each
+   output lane reads. In lines they are (taps, K + lanes), the channels repeating, and behind them
+   FC_LINE_CHUNK zeros. */
 enum { FC_DEPTHWISE_TILES, FC_DEPTHWISE_LINES, FC_LINE_CHUNK = 2048 };
 
 /* form        one of the above

@@ -15,18 +15,17 @@ enum { MOST_LINE_OUTS = 8, MOST_LINE_TAPS = 7, MOST_LINES = MOST_LINE_OUTS + MOS
    x          the input lines that the outputs read in turn, zeros for one outside
    y_line     from one line of outputs to the next; residual has it too
    weights    (taps, channels + VL), and bias (channels + VL), the channels repeating
-   next_x, next_y  lines to ask for meanwhile, or NULL; x_line, y_line apart */
+   stream     write past the caches */
 typedef struct {
     const float *x[MOST_LINES];
     const float *weights, *bias, *residual;
     float *y;
-    const float *next_x, *next_y;
-    int64_t first, last, channels, x_line, y_line;
-    int activation;
+    int64_t first, last, channels, y_line;
+    int activation, stream;
 } dw_lines;
 
 /* The elements at i, n of them, whose channels begin at c. */
-INLINE void line_vector(int taps, int outs, int whole, int added, const dw_lines *g,
+INLINE void line_vector(int taps, int outs, int whole, int added, int stream, const dw_lines *g,
                         const float *const *in, int64_t i, int64_t n, int64_t c) {
     int64_t row = g->channels + VL, y_line = g->y_line;
     vec w[MOST_LINE_TAPS], sum[MOST_LINE_OUTS], start = vload(g->bias + c);
@@ -47,34 +46,29 @@ INLINE void line_vector(int taps, int outs, int whole, int added, const dw_lines
     UNROLL
     for (int o = 0; o < outs; o++, y += y_line, residual += y_line) {
         if (added) sum[o] += whole ? vload(residual) : vload_n(residual, n);
-        if (whole) vstore(y, vmax(sum[o], low));
+        if (stream) vstream(y, vmax(sum[o], low));
+        else if (whole) vstore(y, vmax(sum[o], low));
         else vstore_n(y, vmax(sum[o], low), n);
     }
 }
 
-INLINE void line_loop(int taps, int outs, int added, int ahead, const dw_lines *g) {
+INLINE void line_loop(int taps, int outs, int added, int stream, const dw_lines *g) {
     int64_t channels = g->channels, turn = VL % channels, i = g->first, c = i % channels;
     int64_t last = g->last;
     const float *in[MOST_LINES];
     UNROLL
     for (int s = 0; s < taps + outs - 1; s++) in[s] = g->x[s];
     for (; i + VL <= last; i += VL) {
-        if (ahead) {
-            UNROLL
-            for (int o = 0; o < outs; o++) prefetch(g->next_x + o * g->x_line + i);
-            UNROLL
-            for (int o = 0; o < outs; o++) prefetch_write(g->next_y + o * g->y_line + i);
-        }
-        line_vector(taps, outs, 1, added, g, in, i, VL, c);
+        line_vector(taps, outs, 1, added, stream, g, in, i, VL, c);
         c += turn;
         if (c >= channels) c -= channels;
     }
-    if (i < last) line_vector(taps, outs, 0, added, g, in, i, last - i, c);
+    if (i < last) line_vector(taps, outs, 0, added, 0, g, in, i, last - i, c);
 }
 
 INLINE void line_body(int taps, int outs, const dw_lines *g) {
     if (g->residual) line_loop(taps, outs, 1, 0, g);
-    else if (g->next_x) line_loop(taps, outs, 0, 1, g);
+    else if (g->stream) line_loop(taps, outs, 0, 1, g);
     else line_loop(taps, outs, 0, 0, g);
     if (activates_later(g->activation))
         activate_rows(g->y + g->first, g->y_line, outs, g->last - g->first, g->activation);
@@ -99,12 +93,19 @@ static int64_t dw_share(int64_t size, int64_t index, int64_t pieces) {
     return size * index / pieces;
 }
 
-enum { DW_FAR_BYTES = 16 << 20 }; /* of x and y: more than stays in the caches between two layers */
+enum { DW_STREAM_BYTES = 32 << 20 }; /* of x and y: more than caches keep for the next layer */
 
-static int dw_is_far(const fc_geometry *g) {
+static int64_t dw_bytes(const fc_geometry *g) {
     int64_t x = g->batch * g->in_channels * g->in_size[0] * g->in_size[1] * g->in_size[2];
     int64_t y = g->batch * g->out_channels * g->out_size[0] * g->out_size[1] * g->out_size[2];
-    return (x + y) * (int64_t)sizeof(float) > DW_FAR_BYTES;
+    return (x + y) * (int64_t)sizeof(float);
+}
+
+/* Whether y is to be written past the caches, which otherwise read its old content before, and give
+   up x for it: vectors that begin in steps of `step` elements must be cache lines. */
+static int dw_streams(const fc_geometry *g, const float *y, int64_t step) {
+    return VL == 16 && dw_bytes(g) > DW_STREAM_BYTES && step % VL == 0 &&
+           (uintptr_t)y % (VL * sizeof(float)) == 0;
 }
 
 /* An item is a part of the axis, for a chunk of the elements behind it. */
@@ -114,7 +115,7 @@ typedef struct {
     const float *const *frames;
     const float *bias;
     int64_t images, lines, outs, inner, taps, step, pad, chunks, parts;
-    int ahead;
+    int stream;
 } dw_line_job;
 
 /* The line of an image, zeros in its chunk for one outside. */
@@ -123,24 +124,6 @@ static const float *dw_line(const dw_line_job *j, int64_t image, int64_t line, i
         return j->a->weights + j->taps * (j->d->geometry.in_channels + VL) - first;
     if (j->frames) return j->frames[image * j->lines + line];
     return j->a->x + (image * j->lines + line) * j->inner;
-}
-
-/* Ask for the lines that the block from output o on reads first, and writes; behind the last one for
-   the first of the next chunk. Never past the last line. */
-static void dw_line_ahead(const dw_line_job *j, dw_lines *block, int64_t image, int64_t phase,
-                          int64_t from, int64_t to, int64_t o) {
-    if (!j->ahead) return;
-    int64_t further = 0, line = phase + (o + j->taps - 1) * j->step - j->pad;
-    if (o >= to) {
-        further = block->last - block->first;
-        o = from;
-        line = phase + from * j->step - j->pad;
-    }
-    int64_t span = (MOST_LINE_OUTS - 1) * j->step;
-    line = fc_max(0, fc_min(line, j->lines - 1 - span));
-    int64_t out = fc_max(0, fc_min(phase + o * j->step, j->outs - 1 - span));
-    block->next_x = j->a->x + (image * j->lines + line) * j->inner + further;
-    block->next_y = j->a->y + (image * j->outs + out) * j->inner + further;
 }
 
 /* Outputs of one residue modulo the dilation share lines: from..to of them in blocks. */
@@ -157,7 +140,6 @@ static void dw_line_blocks(const dw_line_job *j, dw_lines *block, int64_t image,
         int64_t at = (image * j->outs + t) * j->inner;
         block->y = a->y + at;
         block->residual = a->residual ? a->residual + at : NULL;
-        dw_line_ahead(j, block, image, phase, from, to, o + many);
         line_kernels[j->taps - 1][size](block);
         o += many;
     }
@@ -170,14 +152,15 @@ static void dw_line_item(void *context, int64_t item, int thread) {
     int64_t part = item % j->parts, chunk = item / j->parts % j->chunks;
     int64_t image = item / (j->parts * j->chunks);
     dw_lines block = {.weights = j->a->weights, .bias = j->bias, .channels = g->in_channels,
-                      .first = chunk * FC_LINE_CHUNK, .x_line = j->inner * j->step,
-                      .y_line = j->inner * j->step, .activation = j->d->activation};
+                      .first = chunk * FC_LINE_CHUNK, .y_line = j->inner * j->step,
+                      .activation = j->d->activation, .stream = j->stream};
     block.last = fc_min(j->inner, block.first + FC_LINE_CHUNK);
     for (int64_t phase = 0; phase < fc_min(j->step, j->outs); phase++) {
         int64_t count = fc_ceil_div(j->outs - phase, j->step);
         dw_line_blocks(j, &block, image, phase, dw_share(count, part, j->parts),
                        dw_share(count, part + 1, j->parts));
     }
+    if (j->stream) vdrain();
 }
 
 static void dw_lines_run(const fc_depthwise *d, const fc_arrays *a, const float *const *frames,
@@ -187,9 +170,11 @@ static void dw_lines_run(const fc_depthwise *d, const fc_arrays *a, const float 
     dw_line_job j = {.d = d, .a = a, .frames = frames, .bias = a->workspace, .images = g->batch,
                      .lines = g->in_size[axis], .outs = g->out_size[axis],
                      .inner = g->in_channels, .taps = g->kernel[axis], .step = g->dilation[axis],
-                     .pad = g->pad[axis], .parts = 1, .ahead = !frames && dw_is_far(g)};
+                     .pad = g->pad[axis], .parts = 1};
     for (int i = 0; i < axis; i++) j.images *= g->in_size[i];
     for (int i = axis + 1; i < 3; i++) j.inner *= g->in_size[i];
+    /* Activations that come later read y again. */
+    j.stream = !activates_later(d->activation) && dw_streams(g, a->y, j.inner);
     j.chunks = fc_ceil_div(j.inner, FC_LINE_CHUNK);
     int64_t items = j.images * j.chunks, wanted = threads > 1 ? DW_ITEMS * threads : 1;
     if (items < wanted)

@@ -1,7 +1,7 @@
 /* Depthwise tiles: outputs along H and W of one vector of channels, kept in registers.
 
    Every depthwise kernel adds to the bias in the order of the taps (T, then H, then W), so that all
-   give the same bits. Taps outside the image are left out, or multiply zeros. */
+   give the same bits. Taps outside the image are left out. */
 #ifndef FC_DEPTHWISE_TILE_H
 #define FC_DEPTHWISE_TILE_H
 
@@ -13,20 +13,22 @@
    frames     the planes (H, W, C) that the taps read, `count` of them
    at         offset of the tile's first input in each plane, which may be outside of it
    rows, cols bit r is set if row r of the tile's input is inside, bit q for column q
-   weights    of the first plane's taps, w_vector from vector to vector; zeros: a vector of them
+   weights    of the first plane's taps; w_plane to the next one's, w_vector to the next vector's
    bias, residual  at the tile's channel, or NULL; residual has the strides of y
-   next_x, next_y  inputs and outputs of a later tile, to ask for meanwhile; NULL for nothing */
+   next_x     inputs of a later tile, to ask for meanwhile; NULL for nothing
+   sums, y_plane  of tiles that roll, see depthwise_roll.h: what frames wait with; to the next frame
+   stream     y is written past the caches: every vector of it is a whole cache line */
 typedef struct {
     const float *const *frames;
     int64_t count, at, x_row, x_col;
     uint64_t rows, cols;
     int64_t vectors, last_channel;
-    const float *weights, *zeros, *bias, *residual;
-    int64_t w_vector;
-    float *y;
-    int64_t y_row, y_col;
-    const float *next_x, *next_y;
-    int activation;
+    const float *weights, *bias, *residual;
+    int64_t w_plane, w_vector;
+    float *y, *sums;
+    int64_t y_row, y_col, y_plane;
+    const float *next_x;
+    int activation, stream;
 } dw_tile;
 
 /* The same vector in a register. A compiler that knows where it came from would read it from memory
@@ -38,90 +40,60 @@ INLINE vec dw_held(vec v) {
     return v;
 }
 
-/* Ask for the share of the current vector in a later tile; in_rows and in_cols are what that tile
-   reads and the ones between did not. */
-INLINE void tile_ahead(int in_rows, int in_cols, int rows, int cols, const dw_tile *g,
-                       int64_t channel) {
-    if (g->next_x) {
+/* Ask for the share of the current vector in a later tile: rows and columns that no tile between
+   reads. Not for outputs: a core has few requests under way, and stores can wait. */
+INLINE void tile_ahead(int rows, int cols, const dw_tile *g, int64_t channel) {
+    if (!g->next_x) return;
+    UNROLL
+    for (int r = 0; r < rows; r++) {
+        const float *p = g->next_x + channel + r * g->x_row;
         UNROLL
-        for (int r = 0; r < in_rows; r++) {
-            const float *p = g->next_x + channel + r * g->x_row;
-            UNROLL
-            for (int q = 0; q < in_cols; q++, p += g->x_col) prefetch(p);
-        }
-    }
-    if (g->next_y) {
-        UNROLL
-        for (int i = 0; i < rows; i++) {
-            const float *p = g->next_y + channel + i * g->y_row;
-            UNROLL
-            for (int j = 0; j < cols; j++, p += g->y_col) prefetch_write(p);
-        }
+        for (int q = 0; q < cols; q++, p += g->x_col) prefetch(p);
     }
 }
 
 enum { MOST_TILE_OUTS = 21 };
 
+/* The end of a tile but for activations that come later. */
+INLINE void tile_write(int rows, int cols, int added, int stream, const dw_tile *g,
+                       int64_t channel, const vec *sum) {
+    vec low = vset(activation_floor(g->activation));
+    UNROLL
+    for (int i = 0; i < rows; i++) {
+        int64_t at = channel + i * g->y_row;
+        UNROLL
+        for (int j = 0; j < cols; j++, at += g->y_col) {
+            vec z = sum[i * cols + j];
+            if (added) z += vload(g->residual + at);
+            if (stream) vstream(g->y + at, vmax(z, low));
+            else vstore(g->y + at, vmax(z, low));
+        }
+    }
+}
+
 /* The end of a tile: residual, activation, store. */
 INLINE void tile_store(int rows, int cols, const dw_tile *g, int64_t channel, const vec *sum) {
-    int64_t y_row = g->y_row, y_col = g->y_col;
-    float *y = g->y + channel;
-    const float *residual = g->residual ? g->residual + channel : NULL;
-    vec low = vset(activation_floor(g->activation));
-    if (activates_later(g->activation)) { /* before the store: pixels seldom begin with a cache line */
+    if (activates_later(g->activation)) { /* before the store: pixels seldom begin with a line */
         vec later[MOST_TILE_OUTS];
         UNROLL
         for (int i = 0; i < rows * cols; i++) {
+            int64_t at = channel + i / cols * g->y_row + i % cols * g->y_col;
             later[i] = sum[i];
-            if (residual) later[i] += vload(residual + i / cols * y_row + i % cols * y_col);
+            if (g->residual) later[i] += vload(g->residual + at);
         }
         activate_sums(later, rows * cols, g->activation);
-        UNROLL
-        for (int i = 0; i < rows * cols; i++)
-            vstore(y + i / cols * y_row + i % cols * y_col, later[i]);
-        return;
-    }
-    UNROLL
-    for (int i = 0; i < rows; i++) {
-        float *p = y + i * y_row;
-        UNROLL
-        for (int j = 0; j < cols; j++, p += y_col) {
-            vec z = sum[i * cols + j];
-            if (residual) z += vload(residual + i * y_row + j * y_col);
-            vstore(p, vmax(z, low));
-        }
-    }
+        tile_write(rows, cols, 0, 0, g, channel, later);
+    } else if (g->residual) tile_write(rows, cols, 1, 0, g, channel, sum);
+    else if (g->stream) tile_write(rows, cols, 0, 1, g, channel, sum);
+    else tile_write(rows, cols, 0, 0, g, channel, sum);
 }
 
-/* Only the kw - 1 outermost columns on either side may be outside: which of those column q is, or
-   -1. */
+/* Only the outermost kw / 2 columns on either side may be outside: few branches. */
 INLINE int tile_outer(int q, int in_cols, int kw) {
-    if (q < kw - 1) return q;
-    return q > in_cols - kw ? q - (in_cols - kw) + kw - 2 : -1;
+    return q < kw / 2 || q >= in_cols - kw / 2;
 }
 
-enum { MOST_TILE_TAPS = 7, MOST_OUTER = 2 * (MOST_TILE_TAPS - 1), HELD_TAPS = 9 };
-
-/* Loads of columns that may be outside, without a branch: a mask, or the address of zeros. */
-#if VL == 16
-typedef __mmask16 tile_inside;
-INLINE tile_inside tile_inside_of(uint64_t inside) {
-    __mmask16 mask = (__mmask16)-inside;
-    __asm__("" : "+Yk"(mask)); /* kept in its register */
-    return mask;
-}
-INLINE vec tile_load(tile_inside inside, const float *p, const float *zeros) {
-    (void)zeros;
-    return _mm512_maskz_loadu_ps(inside, p);
-}
-#else
-typedef uintptr_t tile_inside;
-INLINE tile_inside tile_inside_of(uint64_t inside) { return -(uintptr_t)inside; }
-INLINE vec tile_load(tile_inside inside, const float *p, const float *zeros) {
-    uintptr_t other = (uintptr_t)zeros;
-    return vload((const float *)(other + (((uintptr_t)p - other) & inside)));
-}
-#endif
+enum { HELD_TAPS = 9 };
 
 /* rows x cols outputs, kh x kw taps and strides sh, sw, all known when compiling. Where there are
    enough registers, the weights of a plane are held in them. */
@@ -134,14 +106,9 @@ INLINE void tile_body(int rows, int cols, int kh, int kw, int sh, int sw, int ed
         vec sum[MOST_TILE_OUTS], start = g->bias ? vload(g->bias + channel) : vzero();
         UNROLL
         for (int i = 0; i < rows * cols; i++) sum[i] = start;
-        tile_ahead(rows * sh, cols * sw, rows, cols, g, channel);
-        tile_inside inside[MOST_OUTER];
-        UNROLL
-        for (int q = 0; q < in_cols; q++)
-            if (edge && tile_outer(q, in_cols, kw) >= 0)
-                inside[tile_outer(q, in_cols, kw)] = tile_inside_of(g->cols >> q & 1);
+        tile_ahead(rows * sh, cols * sw, g, channel);
         const float *w = g->weights + v * g->w_vector;
-        for (int64_t k = 0; k < g->count; k++, w += kh * kw * VL) {
+        for (int64_t k = 0; k < g->count; k++, w += g->w_plane) {
             const float *row = g->frames[k] + g->at + channel;
             vec taps[HELD_TAPS];
             UNROLL
@@ -153,8 +120,9 @@ INLINE void tile_body(int rows, int cols, int kh, int kw, int sh, int sw, int ed
                 const float *p = row;
                 UNROLL
                 for (int q = 0; q < in_cols; q++, p += g->x_col) {
-                    int outer = edge ? tile_outer(q, in_cols, kw) : -1;
-                    vec x = dw_held(outer < 0 ? vload(p) : tile_load(inside[outer], p, g->zeros));
+                    /* A branch: a masked load takes an arithmetic unit as well. */
+                    if (edge && tile_outer(q, in_cols, kw) && !(g->cols >> q & 1)) continue;
+                    vec x = dw_held(vload(p));
                     UNROLL
                     for (int i = 0; i < rows; i++)
                         UNROLL
@@ -222,7 +190,8 @@ static const tile_kind *tile_kind_of(const fc_geometry *g) {
     int64_t width = g->out_size[2], taps = g->kernel[2];
     int64_t behind = (width - 1) * g->stride[2] + taps - g->pad[2] - g->in_size[2];
     if (g->out_channels != g->in_channels || g->in_channels < VL || width < NARROW) return NULL;
-    if (g->dilation[1] != 1 || g->dilation[2] != 1 || fc_max(g->pad[2], behind) >= taps) return NULL;
+    if (g->dilation[1] != 1 || g->dilation[2] != 1) return NULL;
+    if (fc_max(g->pad[2], behind) > taps / 2) return NULL;
     int count = (int)(sizeof tile_kinds / sizeof *tile_kinds);
     for (int i = 0; i < count; i++) {
         const int *s = tile_kinds[i].shape;

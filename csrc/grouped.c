@@ -1,6 +1,6 @@
 /* Grouped convolution, dense included (one group): the form that the weights were packed for. */
 #include "dense.h"
-#include "grouped_lanes.h"
+#include "grouped_strips.h"
 
 enum { CYCLES_PER_THREAD = 40000 }; /* less work is done before another thread has started */
 

@@ -32,11 +32,21 @@ typedef struct {
    slots              frames in the ring
    channel_stride, sums_stride  floats between channels of the ring and of the sums
    residues           of rows, then of columns
-   offsets            (KH, KW): of a tap into a frame */
+   offsets            (KH, KW): of a tap into a frame
+   together           of those, which follow each other for one channel before the next
+
+   With F(m, r) along T, along H or both (csrc/winograd_lanes.h), a slot is V of a frame along H:
+
+   tile       m along T and H, 1 where taps are terms of the sums
+   points     alpha along T and H, 1 likewise
+   length     floats of a point of a slot: where H is direct, the packed rows
+   high       a multiple of tile[1];  row_phases  tile[1]
+   packed_stride, v_stride  floats between channels of a packed frame and of V */
 typedef struct {
     int64_t channels, vectors, groups, high, wide;
     int64_t row_phases, column_phases, packed_rows, row_length, frame, slots;
-    int64_t channel_stride, sums_stride;
+    int64_t channel_stride, sums_stride, together;
+    int64_t tile[2], points[2], length, packed_stride, v_stride;
     const int64_t *residues, *offsets;
 } fc_pixel_lanes;
 

@@ -50,11 +50,12 @@ INLINE void lanes_body(int channels, int nv, const lanes_job *l) {
         }
     }
     vec low = vset(l->low);
+    float *sums = l->sums; /* stores cannot change a copy */
+    const int64_t stride = l->sums_stride;
     UNROLL
-    for (int i = 0; i < channels; i++)
+    for (int i = 0; i < channels; i++, sums += stride)
         UNROLL
-        for (int j = 0; j < nv; j++)
-            vstore(l->sums + i * l->sums_stride + j * VL, vmax(sum[i * nv + j], low));
+        for (int j = 0; j < nv; j++) vstore(sums + j * VL, vmax(sum[i * nv + j], low));
 }
 
 /* X(channels, vectors) for every register block: sums, a row of pixels and a weight fit. */
@@ -101,10 +102,13 @@ typedef struct {
     int64_t image, group, groups, row, rows, column, columns, time, last_time;
     float *ring, *sums;
     int64_t *offsets;
+    struct lanes_tiled {
+        float *packed, *v, *m, *bias;
+    } tiled;
 } lanes_strip;
 
-/* Transpose the strip's rows of input frame t into the ring. */
-static void lanes_pack(const lanes_strip *s, int64_t t) {
+/* Transpose the strip's rows of input frame t: to (channels, to_stride). */
+static void lanes_pack(const lanes_strip *s, int64_t t, float *slot, int64_t to_stride) {
     const lanes_call *c = s->call;
     const fc_geometry *g = &c->params->geometry;
     const fc_pixel_lanes *l = &c->params->lanes;
@@ -112,34 +116,35 @@ static void lanes_pack(const lanes_strip *s, int64_t t) {
     int64_t w = g->in_size[2], step = g->stride[2], pixel = g->in_channels;
     const float *frame =
         input_frame(g, c->arrays->x, c->frames, s->image, t) + s->group * depth;
-    float *slot = s->ring + t % l->slots * l->frame;
-    int64_t high = l->packed_rows - l->high + s->rows;
-    for (int64_t i = 0; i < l->row_phases; i++)
+    /* Rows in the order of memory, though phases take turns. */
+    int64_t row_step = l->tile[1] > 1 ? l->tile[1] : g->stride[1], top = s->row * g->stride[1];
+    int64_t reach = (s->rows - 1) * g->stride[1] + (g->kernel[1] - 1) * g->dilation[1];
+    int64_t below = (l->row_phases > 1 ? 1 : row_step) * w * pixel;
+    top -= g->pad[1];
+    for (int64_t r = fc_max(-top, 0); r <= fc_min(reach, g->in_size[1] - 1 - top); r++) {
+        int64_t i = 0;
+        while (i < l->row_phases && l->residues[i] != r % row_step) i++;
+        if (i == l->row_phases) continue;
         for (int64_t j = 0; j < l->column_phases; j++) {
-            int64_t top = s->row * g->stride[1] - g->pad[1] + l->residues[i];
             int64_t start = s->column * step - g->pad[2] + l->residues[l->row_phases + j];
             /* Packed columns that lie in the input. */
             int64_t left = fc_max((step - 1 - start) / step, 0);
             int64_t right = fc_min((w - 1 - start + step) / step, l->row_length);
-            for (int64_t r = 0; r < high; r++) {
-                int64_t row = top + r * g->stride[1];
-                if (row < 0 || row >= g->in_size[1]) continue;
-                const float *from = frame + (row * w + start) * pixel;
-                int64_t phase = i * l->column_phases + j;
-                float *to = slot + (phase * l->packed_rows + r) * l->row_length;
-                for (int64_t n = 0; n < channels; n += VL)
-                    for (int64_t q = left; q < right; q += VL) {
-                        /* Some pixels again, rather than fewer than a vector. */
-                        if (right - left >= VL) q = fc_min(q, right - VL);
-                        const float *below = from + (g->stride[1] * w + q * step) * pixel + n;
-                        UNROLL
-                        for (int k = 0; k < VL; k++) prefetch(below + k * step * pixel);
-                        transpose_square(from + q * step * pixel + n, step * pixel,
-                                     to + n * l->channel_stride + q, l->channel_stride, right - q,
-                                     channels - n);
-                    }
-            }
+            const float *from = frame + ((top + r) * w + start) * pixel;
+            int64_t row = (i * l->column_phases + j) * l->packed_rows + r / row_step;
+            float *to = slot + row * l->row_length;
+            for (int64_t n = 0; n < channels; n += VL)
+                for (int64_t q = left; q < right; q += VL) {
+                    /* Some pixels again, rather than fewer than a vector. */
+                    if (right - left >= VL) q = fc_min(q, right - VL);
+                    const float *square = from + q * step * pixel + n;
+                    UNROLL
+                    for (int k = 0; k < VL; k++) prefetch(square + below + k * step * pixel);
+                    transpose_square(square, step * pixel, to + n * to_stride + q, to_stride,
+                                     right - q, channels - n);
+                }
         }
+    }
 }
 
 /* Pixels first .. last - 1 of an array, `channels` floats of each, `step` floats apart. */
@@ -174,6 +179,20 @@ static lanes_pixels lanes_arriving(const lanes_strip *s, int64_t t) {
     return p;
 }
 
+/* What a strip writes of output frame t. */
+static lanes_pixels lanes_leaving(const lanes_strip *s, int64_t t) {
+    const fc_geometry *g = &s->call->params->geometry;
+    int64_t outputs = g->out_channels / g->groups;
+    int64_t row = (s->image * g->out_size[0] + t) * g->out_size[1] + s->row;
+    float *y = s->call->arrays->y;
+    return (lanes_pixels){
+        .start = y + row * g->out_size[2] * g->out_channels + s->group * outputs,
+        .step = g->out_channels,
+        .channels = s->groups * outputs,
+        .pixels = s->rows * g->out_size[2],
+    };
+}
+
 /* The sums of a strip at one output time. */
 static void lanes_multiply(const lanes_strip *s, int64_t out_t) {
     const lanes_call *c = s->call;
@@ -189,23 +208,16 @@ static void lanes_multiply(const lanes_strip *s, int64_t out_t) {
         if (t < 0) left_out = (i + 1) * area * depth;
         if (t < 0 || t >= g->in_size[0]) continue;
         int64_t slot = t % l->slots * l->frame;
-        for (int64_t j = 0; j < g->kernel[1]; j++)
+        for (int64_t j = 0; j < area; j += l->together)
             for (int64_t n = 0; n < depth; n++)
-                for (int64_t q = 0; q < g->kernel[2]; q++)
-                    s->offsets[terms++] =
-                        slot + n * l->channel_stride + l->offsets[j * g->kernel[2] + q];
+                for (int64_t q = 0; q < l->together; q++)
+                    s->offsets[terms++] = slot + n * l->channel_stride + l->offsets[j + q];
     }
     int64_t pixels = (s->rows - 1) * l->row_length + s->columns;
     int64_t vectors = fc_ceil_div(pixels, VL);
 
     /* Between the sums: lines of this output, and of the next frame that will be packed. */
-    int64_t y_row = (s->image * g->out_size[0] + out_t) * g->out_size[1] + s->row;
-    lanes_pixels leaving = {
-        .start = c->arrays->y + y_row * g->out_size[2] * g->out_channels + s->group * outputs,
-        .step = g->out_channels,
-        .channels = s->groups * outputs,
-        .pixels = s->rows * g->out_size[2],
-    };
+    lanes_pixels leaving = lanes_leaving(s, out_t);
     int64_t following = first_t + g->stride[0] + (g->kernel[0] - 1) * g->dilation[0];
     lanes_pixels arriving = lanes_arriving(s, following);
     int64_t step = 0, steps = s->groups * blocks * fc_ceil_div(vectors, l->vectors);
@@ -231,8 +243,10 @@ static void lanes_multiply(const lanes_strip *s, int64_t out_t) {
     }
 }
 
-/* Residual and activation, and the way to y. */
-static void lanes_unpack(const lanes_strip *s, int64_t out_t) {
+/* Residual and activation, and the way to y.
+
+   sums  of the frame: (rows of a tile, channels, sums_stride), those of a row `of_row` apart */
+static void lanes_unpack(const lanes_strip *s, int64_t out_t, const float *sums_of, int64_t of_row) {
     const lanes_call *c = s->call;
     const fc_geometry *g = &c->params->geometry;
     const fc_pixel_lanes *l = &c->params->lanes;
@@ -242,7 +256,8 @@ static void lanes_unpack(const lanes_strip *s, int64_t out_t) {
     for (int64_t r = 0; r < s->rows; r++) {
         int64_t row = (s->image * g->out_size[0] + out_t) * g->out_size[1] + s->row + r;
         int64_t at = (row * g->out_size[2] + s->column) * k + s->group * group;
-        const float *sums = s->sums + r * l->row_length;
+        const float *sums =
+            sums_of + r % l->tile[1] * of_row + r / l->tile[1] * l->row_length;
         float *y = c->arrays->y + at;
         for (int64_t n = 0; n < outputs; n += VL)
             for (int64_t q = 0; q < s->columns; q += VL) {
@@ -259,68 +274,6 @@ static void lanes_unpack(const lanes_strip *s, int64_t out_t) {
                 }
         if (activates_later(activation)) activate_rows(y, k, s->columns, outputs, activation);
     }
-}
-
-static void lanes_item(void *context, int64_t item, int thread) {
-    const lanes_call *c = context;
-    const fc_grouped *p = c->params;
-    const fc_geometry *g = &p->geometry;
-    const fc_pixel_lanes *l = &p->lanes;
-    lanes_strip s = {.call = c};
-    int64_t out_t = g->out_size[0], time = item % c->times;
-    s.time = time * out_t / c->times;
-    s.last_time = (time + 1) * out_t / c->times;
-    item /= c->times;
-    s.column = item % c->across * l->wide;
-    s.columns = fc_min(l->wide, g->out_size[2] - s.column);
-    s.row = item / c->across % c->down * l->high;
-    s.rows = fc_min(l->high, g->out_size[1] - s.row);
-    s.group = item / (c->across * c->down) % c->chunks * l->groups;
-    s.groups = fc_min(l->groups, g->groups - s.group);
-    s.image = item / (c->across * c->down * c->chunks);
-
-    int64_t depth = g->in_channels / g->groups, outputs = g->out_channels / g->groups;
-    int64_t rows = fc_ceil_div(l->groups * outputs + l->channels, VL) * VL;
-    s.ring = c->arrays->workspace + thread * p->each;
-    s.sums = s.ring + l->groups * depth * l->channel_stride;
-    s.offsets = (int64_t *)(s.sums + rows * l->sums_stride);
-
-    /* Padding stays zero: for one strip it is the same rows and columns in every frame. */
-    memset(s.ring, 0, 4 * s.groups * depth * l->channel_stride);
-    int64_t following = 0;
-    for (int64_t o = s.time; o < s.last_time; o++) {
-        int64_t first = o * g->stride[0] - g->pad[0];
-        int64_t last = fc_min(first + (g->kernel[0] - 1) * g->dilation[0], g->in_size[0] - 1);
-        for (following = fc_max(following, first); following <= last; following++)
-            lanes_pack(&s, following);
-        lanes_multiply(&s, o);
-        lanes_unpack(&s, o);
-    }
-}
-
-/* Strips, and parts of T where there are too few of them to keep all threads busy. */
-static void lanes_run(const fc_grouped *p, const fc_arrays *a, const float *const *frames,
-                      int threads) {
-    const fc_geometry *g = &p->geometry;
-    const fc_pixel_lanes *l = &p->lanes;
-    lanes_call c = {.params = p, .arrays = a, .frames = frames, .times = 1};
-    c.chunks = fc_ceil_div(g->groups, l->groups);
-    c.down = fc_ceil_div(g->out_size[1], l->high);
-    c.across = fc_ceil_div(g->out_size[2], l->wide);
-    int64_t strips = g->batch * c.chunks * c.down * c.across, best = INT64_MAX;
-    if (!strips) return;
-    for (int64_t times = 1; times <= g->out_size[0]; times++) {
-        /* Each part packs the frames in front of its first output again: a sixth of the work. */
-        int64_t frames_each = fc_ceil_div(g->out_size[0], times);
-        int64_t again = times > 1 ? g->kernel[0] - 1 : 0;
-        int64_t busiest = fc_ceil_div(strips * times, threads) * (6 * frames_each + again);
-        if (busiest < best) {
-            best = busiest;
-            c.times = times;
-        }
-        if (threads == 1) break;
-    }
-    fc_parallel_for(threads, strips * c.times, lanes_item, &c);
 }
 
 #endif

@@ -6,9 +6,9 @@
 #include <stdint.h>
 
 #include "fastconv.h"
+#include "grouped.h"
 #include "winograd.h"
 #include "depthwise.h"
-#include "grouped.h"
 #include "hfa.h"
 #include "continual.h"
 #include "gradients.h"

@@ -65,6 +65,14 @@ INLINE void vstore_n(float *p, vec v, int64_t n) {
     for (int64_t i = 0; i < n; i++) p[i] = v[i];
 }
 #endif
+/* Past the caches, where a vector is a cache line and p begins one; vdrain() before others read it. */
+#if VL == 16
+INLINE void vstream(float *p, vec v) { _mm512_stream_ps(p, v); }
+INLINE void vdrain(void) { _mm_sfence(); }
+#else
+INLINE void vstream(float *p, vec v) { vstore(p, v); }
+INLINE void vdrain(void) {}
+#endif
 /* v[lanes[i]] in every lane i. */
 #if VL == 16
 INLINE vec vpermute(vec v, vec_int lanes) { return _mm512_permutexvar_ps((__m512i)lanes, v); }

@@ -157,5 +157,7 @@ static void winograd_frames(const fc_winograd *p, const fc_arrays *a,
 }
 
 static void winograd_run(const void *params, const fc_arrays *a) {
-    winograd_frames(params, a, NULL);
+    const fc_winograd *p = params;
+    if (p->lanes) grouped_run(p->lanes, a);
+    else winograd_frames(p, a, NULL);
 }

@@ -23,11 +23,13 @@ typedef struct {
    u_point, u_panel  between the U of two points, and of two panels
    at_once   vectors of channels that go through the passes of the input transform together
    lines     floats for the lines of a tile between two passes, per thread
-   v_size, m_size  floats of V and of M, of a thread or of all threads if phased */
+   v_size, m_size  floats of V and of M, of a thread or of all threads if phased
+   lanes     several groups: what they are cut into, and nothing else; or NULL */
 typedef struct {
     fc_winograd_axis axis[3];
     int32_t order[3], phased, activation, vectors;
     int64_t channels, out_channels, depth, points, panels;
     int64_t in_image, out_image, tiles, block, group;
     int64_t at_once, v_row, v_point, m_point, m_panel, u_point, u_panel, v_size, m_size, lines;
+    const fc_grouped *lanes;
 } fc_winograd;

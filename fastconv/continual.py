@@ -209,6 +209,7 @@ def continual_step(
         if ready is not None:
             mask = None if active is None else mask_of(op, active, input)
             return ready.step(input, state, weight, bias, residual, mask, update_state)
+        input, bias, residual = _as_weights_are(weight, input, bias, residual)
         find = torch_continual.finder()
     named = {"state": state.frames} if state.form == "ring" else {}
     ops.check_arrays(op, input=input, **named, weight=weight, bias=bias, residual=residual)
@@ -277,6 +278,7 @@ def continual_step_functional(
     from . import torch_continual
 
     op = "continual_step_functional"
+    input, bias, residual = _as_weights_are(weight, input, bias, residual)
     named = {"state": state.frames} if state.form == "ring" else {}
     ops.check_arrays(op, input=input, **named, weight=weight, bias=bias, residual=residual)
     geometry = window_geometry(op, input.shape, weight.shape, stride, padding, dilation, groups)
@@ -312,6 +314,7 @@ def continual_steps(
     The rest, and the errors, as for `continual_step`.
     """
     op = "continual_steps"
+    input, bias, residual = _as_weights_are(weight, input, bias, residual)
     ops.check_arrays(op, input=input, weight=weight, bias=bias, residual=residual)
     if len(input.shape) != len(weight.shape):
         raise GeometryError(
@@ -368,6 +371,15 @@ def _phase(op: str, state: State, mask: Array | None) -> int:
             f"got {sorted(phases)}"
         )
     return phases.pop() if phases else 0
+
+
+def _as_weights_are(weight: Array, *arrays: Array | None) -> Sequence[Any]:
+    """What autocast may have made less precise than the weights; a state keeps its precision."""
+    if not is_tensor(weight):
+        return arrays
+    from . import torch_continual
+
+    return torch_continual.as_weights_are(weight, *arrays)
 
 
 def _check_axes(op: str, frame: Sequence[int], weight: Sequence[int]) -> None:
@@ -448,17 +460,19 @@ def state_shape(window: Geometry, form: str) -> tuple[int, ...]:
 
 def check_state(op: str, state: State, window: Geometry, input: Array) -> None:
     """Raise if the state is not one of this window, and where the input is."""
-    for name, array in (("frames", state.frames), ("steps", state.steps)):
-        if is_tensor(array) != is_tensor(input):
-            raise UnsupportedError(
-                f"{op}: input and state {name} must both be NumPy arrays or both PyTorch tensors"
-            )
+    arrays = {"state frames": state.frames, "state steps": state.steps}
+    ops.check_dense(op, input=input, **arrays)
+    for name, array in arrays.items():
         if is_tensor(array) and array.device != input.device:
             raise UnsupportedError(
-                f"{op}: input is on device {input.device}, but state {name} is on {array.device}"
+                f"{op}: input is on device {input.device}, but {name} are on {array.device}"
             )
     frames, steps = ((tuple(a.shape), _dtype(a)) for a in (state.frames, state.steps))
     check_memory(op, window, _dtype(input), state.form, state.start, state.stride, frames, steps)
+    counters = state.steps
+    apart = counters.stride(0) if is_tensor(counters) else counters.strides[0]
+    if window.batch > 1 and not apart:
+        raise GeometryError(f"{op}: state steps must count every stream, got one counter for all")
 
 
 def check_memory(
@@ -516,14 +530,18 @@ def mask_of(op: str, active: Any, input: Array) -> Array | None:
     if active is None:
         return None
     n, tensor = input.shape[0], is_tensor(input)
-    if hasattr(active, "dtype") and _dtype(active) == "bool":
+    array = hasattr(active, "dtype")
+    if array:
+        ops.check_dense(op, active=active)
+    if array and _dtype(active) == "bool":
         if tuple(active.shape) != (n,):
             raise GeometryError(f"{op}: active must have shape ({n},), got {tuple(active.shape)}")
         if is_tensor(active) != tensor or (tensor and active.device != input.device):
             raise UnsupportedError(f"{op}: active must be of the kind and on the device of input")
         return active.contiguous() if tensor else np.ascontiguousarray(active)
     slots = active.tolist() if hasattr(active, "tolist") else list(active)
-    if any(isinstance(slot, bool) or not 0 <= slot < n for slot in slots):
+    whole = (isinstance(s, (int, np.integer)) and not isinstance(s, bool) for s in slots)
+    if not all(whole) or not all(0 <= slot < n for slot in slots):
         raise GeometryError(f"{op}: active slots must be in 0 .. {n - 1}, got {slots}")
     mask = np.zeros(n, np.bool_)
     mask[slots] = True
@@ -574,6 +592,7 @@ def run_step(
     module = backends.kernel(plan.family, plan.backend)
     x, residual = ops.dense(x, plan.layout), ops.dense(residual, plan.layout)
     scratch = ops.workspace(module.workspace_size(plan), y.dtype)
+    bias = ops.flat(bias)
     module.run(
         plan, x, packed, bias, residual, state.frames, state.steps, y, scratch, active, update
     )

@@ -58,6 +58,8 @@ SLOW = Rate(0.5, 0.05, 1.0, 0.2)
 # Slower cases, in multiplications per nanosecond and thread.
 STRIDED_DEPTHWISE = 0.6  # of the usual rate: neighbours share fewer inputs
 PIXELS_IN_LANES = 108.0  # several groups: output pixels in the lanes
+# Winograd there: inputs and outputs per nanosecond and transformed axis, and of V and M.
+LANES_AXIS, LANES_POINTS = 5.4, 25.0
 TORCH_GROUPS = 45.0  # oneDNN with few channels per group
 TORCH_POINTWISE = 80.0  # equal to ours on X3D-M's maps, half or less on X3D-S's
 TORCH_THIN = 15.0  # oneDNN with fewer than 8 input channels
@@ -86,7 +88,7 @@ def estimate_ms(plan: Plan) -> float:
         return sum(map(estimate_ms, costs_cuda.stages(plan)))  # PyTorch runs one after the other
     rate, workers = FAST.get((plan.backend, plan.family), SLOW), threads()
     compute = multiplications(plan) * _padding(plan) / _per_ns(plan, rate)
-    compute += _transform_operations(plan) / _rate_of_window(plan, rate).transforms
+    compute += _transforms(plan, rate)
     moved = costs_cuda.moved_bytes(plan)
     memory = moved / (rate.bytes * (IN_CACHE if moved <= CACHE_BYTES // 2 else 1.0))
     hidden = max(compute / workers, memory)
@@ -101,6 +103,17 @@ def threads() -> int:
         return int(count())
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def _transforms(plan: Plan, rate: Rate) -> float:
+    """Nanoseconds of one thread."""
+    geometry = plan.geometry
+    if plan.family == "winograd" and isinstance(geometry, Geometry) and geometry.groups > 1:
+        values = prod(geometry.x_shape) + prod(geometry.y_shape)
+        tiled = [t.alpha / t.m for t in plan.transforms if t.m > 1]
+        moved = values * (len(tiled) / LANES_AXIS + prod(tiled) / LANES_POINTS)
+        return moved * _vector_share() if plan.backend == "c" else moved
+    return _transform_operations(plan) / _rate_of_window(plan, rate).transforms
 
 
 def _transform_operations(plan: Plan) -> float:
@@ -166,6 +179,19 @@ def _per_ns(plan: Plan, rate: Rate) -> float:
     return min(usual, TORCH_POINTWISE) if geometry.taps == 1 else usual
 
 
+def _vector_share() -> float:
+    """Lanes of the C backend's vectors, of those that the rates were measured with. Where there are
+    fewer, everything multiplies more slowly, but values move as fast: they count for less.
+    """
+    from . import backends
+
+    if backends.available()["c"] is not None:
+        return 1.0
+    from .c_kernels import launch
+
+    return launch.lanes() / LANES
+
+
 def _layout_copies(plan: Plan) -> float:
     """Nanoseconds of copying contiguous arrays to channels last and back."""
     if plan.layout != CONTIGUOUS:
@@ -187,7 +213,7 @@ def _streaming(plan: Plan, workers: int) -> float:
     """Nanoseconds that a Winograd kernel waits for its transformed weights."""
     geometry = plan.geometry
     streamed = plan.family in ("winograd", "continual") and bool(plan.transforms)
-    if not streamed or not isinstance(geometry, Geometry):
+    if not streamed or not isinstance(geometry, Geometry) or geometry.groups > 1:
         return 0.0
     weight_bytes = of_plan(plan).weight_bytes
     tiles = geometry.batch * prod(

@@ -101,12 +101,16 @@ def report(target: str, options: Options = Options()) -> Report:
 
 
 def of_network(title: str, target: Target, options: Options) -> Report:
-    """The counts of a model, layer by layer, and their total."""
+    """The counts of a model, layer by layer, and their total.
+
+    Raises UnsupportedError for one step of a network that cannot be continual.
+    """
     layers: Sequence[Layer] = target.layers()
     note = f"{target.note}, float32"
     if options.per_frame:
         from .nn.trace import one_step
 
+        _check_continual(target)
         layers, note = [one_step(layer) for layer in layers], f"{note}, one step of a stream"
     *rows, total = network_counts(
         layers, options.tiles, None, "float32", options.whole_tiles, target.parameters
@@ -124,6 +128,18 @@ def of_network(title: str, target: Target, options: Options) -> Report:
         lines.append(Line(Row(OTHER, "other", None, (), "", 0, Counts()), {}, rest))
     whole = sum(line.operations for line in lines)
     return Report(title, note, [*lines, Line(total, total_choices(lines), whole)], options.rule)
+
+
+def _check_continual(target: Target) -> None:
+    """Raises UnsupportedError for a network for clips that cannot take them frame by frame."""
+    if target.x.dim() != 5:
+        return
+    from .nn.to_continual import to_continual
+
+    try:
+        to_continual(target.model, target.x)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"count: {target.name} has no step of a stream: {error}") from error
 
 
 def _operations(target: Target, options: Options) -> tuple[Iterator[int], int]:

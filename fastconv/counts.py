@@ -122,6 +122,11 @@ def count(
 def of_plan(plan: Plan) -> Counts:
     """The counts of one run of a plan: whole tiles, and the residual if its epilogue adds one."""
     last = plan.epilogue[-1] if isinstance(plan.epilogue, tuple) else plan.epilogue
+    g = plan.geometry
+    if plan.family == "winograd" and isinstance(g, Geometry) and g.groups > 1:
+        counts = fast_counts(g, plan.transforms, plan.dtype, whole_tiles=True)
+        added = last.residual * prod(g.y_shape) * ELEMENT_BYTES[plan.dtype]
+        return replace(counts, activation_bytes=counts.activation_bytes + added)
     return count(plan.geometry, plan.family, plan.transforms, plan.dtype, residual=last.residual)
 
 

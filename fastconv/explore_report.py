@@ -203,11 +203,13 @@ def draw(title: str, space: Space, limit: float, path: str) -> None:
     axes.scatter(*_points(beaten), s=14, color="#bdbdbd", label="one pair for all layers")
     axes.scatter(*_points(best), s=28, color="#2166ac", zorder=3, label="not beaten by another")
     for design in best:
+        direct = design.tiles == DIRECT  # the rightmost one
         axes.annotate(
-            "direct" if design.tiles == DIRECT else "{}, {}".format(*(design.tiles or ("", ""))),
+            "direct" if direct else "{}, {}".format(*(design.tiles or ("", ""))),
             (float(design.multiplications) / 1e9, design.error),
             textcoords="offset points",
-            xytext=(5, 4),
+            xytext=(3, 6) if direct else (5, 4),
+            ha="right" if direct else "left",
             fontsize=8,
         )
     xs, ys = _points(space.frontier)

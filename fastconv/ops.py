@@ -49,21 +49,9 @@ def conv1d(
     result  (N, K, OT)
     """
     return _conv(
-        1,
-        input,
-        weight,
-        bias,
-        stride,
-        padding,
-        dilation,
-        groups,
-        activation=activation,
-        residual=residual,
-        algorithm=algorithm,
-        backend=backend,
-        tolerance=tolerance,
-        max_workspace_bytes=max_workspace_bytes,
-    )
+        1, input, weight, bias, stride, padding, dilation, groups, activation, residual,
+        algorithm, backend, tolerance, max_workspace_bytes,
+    )  # fmt: skip
 
 
 def conv2d(
@@ -89,21 +77,9 @@ def conv2d(
     result  (N, K, OH, OW)
     """
     return _conv(
-        2,
-        input,
-        weight,
-        bias,
-        stride,
-        padding,
-        dilation,
-        groups,
-        activation=activation,
-        residual=residual,
-        algorithm=algorithm,
-        backend=backend,
-        tolerance=tolerance,
-        max_workspace_bytes=max_workspace_bytes,
-    )
+        2, input, weight, bias, stride, padding, dilation, groups, activation, residual,
+        algorithm, backend, tolerance, max_workspace_bytes,
+    )  # fmt: skip
 
 
 def conv3d(
@@ -144,21 +120,9 @@ def conv3d(
     serves, BackendError for a backend that is not available.
     """
     return _conv(
-        3,
-        input,
-        weight,
-        bias,
-        stride,
-        padding,
-        dilation,
-        groups,
-        activation=activation,
-        residual=residual,
-        algorithm=algorithm,
-        backend=backend,
-        tolerance=tolerance,
-        max_workspace_bytes=max_workspace_bytes,
-    )
+        3, input, weight, bias, stride, padding, dilation, groups, activation, residual,
+        algorithm, backend, tolerance, max_workspace_bytes,
+    )  # fmt: skip
 
 
 def _conv(
@@ -170,7 +134,6 @@ def _conv(
     padding: Any,
     dilation: Any,
     groups: int,
-    *,
     activation: str,
     residual: Array | None,
     algorithm: str,
@@ -231,11 +194,11 @@ def _conv(
             tolerance=tolerance,
             max_workspace_bytes=max_workspace_bytes,
         )
-        y = execute(plan, input, pack(plan, weight), _flat(bias), residual)
+        y = execute(plan, input, pack(plan, weight), flat(bias), residual)
     return y[0] if unbatched else y
 
 
-def _flat(bias: np.ndarray | None) -> np.ndarray | None:
+def flat(bias: np.ndarray | None) -> np.ndarray | None:
     """Kernels that see addresses read one element behind the other."""
     return None if bias is None else np.ascontiguousarray(bias)
 
@@ -280,16 +243,13 @@ def separable_block(
 
         given = torch_ops.as_autocast_does(input, *weights, *biases, residual)
         input, weights, biases, residual = given[0], tuple(given[1:4]), given[4:7], given[7]
-    named = {
-        f"{name}_weight": w
-        for name, w in zip(("temporal", "depthwise", "pointwise"), weights, strict=True)
-    }
+    stages = ("temporal", "depthwise", "pointwise")
     check_arrays(
         op,
         input=input,
-        **named,
+        **{f"{stage}_weight": w for stage, w in zip(stages, weights, strict=True)},
+        **{f"{stage}_bias": b for stage, b in zip(stages, biases, strict=True)},
         residual=residual,
-        **{f"bias {i}": b for i, b in enumerate(biases)},
     )
     wt, wd, wp = (w.shape for w in weights)
     geometry = SeparableGeometry.of(input.shape, wt, wd, wp, stride, padding, op=op)
@@ -326,7 +286,7 @@ def separable_block(
             tolerance=tolerance,
             max_workspace_bytes=max_workspace_bytes,
         )
-        y = execute(plan, input, pack(plan, weights), tuple(map(_flat, biases)), residual)
+        y = execute(plan, input, pack(plan, weights), tuple(map(flat, biases)), residual)
     return y[0] if unbatched else y
 
 
@@ -383,39 +343,37 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 def workspace(size: int, dtype: np.dtype) -> np.ndarray:
     """Scratch of this thread, kept between calls: fresh pages would cost more than many kernels."""
-    return _held(size, dtype.char)[0][:size]
+    held = _scratch.__dict__.get(dtype.char)
+    if held is None or held[0] < size:
+        held = _grown(size, dtype)
+    array: np.ndarray = held[2]
+    return array[:size]
 
 
 def workspace_address(size: int) -> int:
     """`workspace` in float32, for those who see addresses only."""
-    return _held(size, "f")[1]
+    held = _scratch.__dict__.get("f")
+    if held is None or held[0] < size:
+        held = _grown(size, np.dtype(np.float32))
+    address: int = held[1]
+    return address
 
 
-def _held(size: int, char: str) -> tuple[np.ndarray, int, int]:
-    """Scratch of at least this size with its address and size, for a dtype by its character."""
-    held: tuple[np.ndarray, int, int] | None = _scratch.__dict__.get(char)
-    if held is None or held[2] < size:
-        array = _aligned((size,), np.dtype(char))
-        held = _scratch.__dict__[char] = (array, array.ctypes.data, size)
+def _grown(size: int, dtype: np.dtype) -> tuple[int, int, np.ndarray]:
+    """New scratch of this thread: its size, address and array."""
+    array = _aligned((size,), dtype)
+    held = _scratch.__dict__[dtype.char] = (size, array.ctypes.data, array)
     return held
 
 
 def check_arrays(op: str, **arrays: Array | None) -> None:
-    """One kind, one supported precision, one device for all arrays of a call."""
-    given = {name: a for name, a in arrays.items() if a is not None}
+    """One kind, one supported precision, one device for all arrays of a call; biases and residuals
+    may be None."""
+    optional = {name for name in arrays if name.endswith(("bias", "residual"))}
+    given: dict[str, Any] = {n: a for n, a in arrays.items() if a is not None or n not in optional}
+    check_dense(op, **given)
     (first, x), *rest = given.items()
     tensor = is_tensor(x)
-    for name, a in given.items():
-        if not isinstance(a, np.ndarray) and not is_tensor(a):
-            raise UnsupportedError(
-                f"{op}: {name} must be a NumPy array or a PyTorch tensor, got {type(a).__name__}"
-            )
-        if is_tensor(a) != tensor:
-            raise UnsupportedError(
-                f"{op}: {first} and {name} must both be NumPy arrays or both PyTorch tensors"
-            )
-        if tensor and (str(a.layout) != "torch.strided" or a.is_quantized):
-            raise UnsupportedError(f"{op}: {name} must be a dense tensor, got layout {a.layout}")
     allowed = TORCH_DTYPES if tensor else NUMPY_DTYPES
     dtype = str(x.dtype).removeprefix("torch.")
     if dtype not in allowed:
@@ -430,6 +388,24 @@ def check_arrays(op: str, **arrays: Array | None) -> None:
             raise UnsupportedError(
                 f"{op}: {first} is on device {x.device}, but {name} is on {a.device}"
             )
+
+
+def check_dense(op: str, **arrays: Array) -> None:
+    """Every array a NumPy array, or every one a dense PyTorch tensor."""
+    first, x = next(iter(arrays.items()))
+    tensor = is_tensor(x)
+    for name, a in arrays.items():
+        if not isinstance(a, np.ndarray) and not is_tensor(a):
+            raise UnsupportedError(
+                f"{op}: {name} must be a NumPy array or a PyTorch tensor, got {type(a).__name__}"
+            )
+        if is_tensor(a) != tensor:
+            raise UnsupportedError(
+                f"{op}: {first} and {name} must both be NumPy arrays or both PyTorch tensors"
+            )
+        if tensor and (a.is_nested or a.is_quantized or str(a.layout) != "torch.strided"):
+            kind = "nested" if a.is_nested else "quantized" if a.is_quantized else str(a.layout)
+            raise UnsupportedError(f"{op}: {name} must be a dense tensor, got a {kind} one")
 
 
 def check_extras(

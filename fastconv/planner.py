@@ -198,7 +198,9 @@ def configurations(p: Plan, max_workspace_bytes: int | None = None) -> Iterator[
     yield p
     for config in backends.kernel(p.family, p.backend).CONFIGS:
         other = replace(p, config=tuple(sorted(config.items())))
-        if other.config != p.config and _over(other, max_workspace_bytes) is None:
+        if other.config == p.config or _refused(other) is not None:
+            continue
+        if _over(other, max_workspace_bytes) is None:
             yield other
 
 
@@ -266,16 +268,20 @@ def _variants(base: Plan, request: Request) -> Iterator[Plan]:
     if base.backend == "torch":  # which has no transforms: the block is three convolutions
         choices = [(1,) * len(taps)] if tile is None or max(tile) == 1 else []
     else:
-        choices = [tile] if tile is not None else list(_tiles(base.family, taps, sizes))
+        grouped = base.family == "winograd" and base.geometry.groups > 1
+        choices = [tile] if tile is not None else list(_tiles(base.family, taps, sizes, grouped))
     for ms in choices:
         if len(ms) != len(taps):
             raise UnsupportedError(f"tile must have {len(taps)} entries, got {tuple(ms)}")
         yield replace(base, transforms=tuple(map(transform, ms, taps)))
 
 
-def _tiles(family: str, taps: list[int], sizes: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+def _tiles(
+    family: str, taps: list[int], sizes: tuple[int, ...], grouped: bool = False
+) -> Iterator[tuple[int, ...]]:
     """Tile sizes worth a price: 1 on axes of one tap and in the time of streams, below twice the
-    output, square in space, and but for hfa not all 1.
+    output, square in space, and but for hfa not all 1; with several groups 1 on the last axis,
+    which kernels sum directly, and not 6, which is as fast as 4 and less accurate.
     """
     options: list[tuple[int, ...]] = []
     for r, size in zip(taps, sizes, strict=True):
@@ -286,7 +292,9 @@ def _tiles(family: str, taps: list[int], sizes: tuple[int, ...]) -> Iterator[tup
         options = [options[0], (1,), (1,)]
     elif family == "continual":
         options[0] = (1,)
-    square = len(taps) > 1 and taps[-1] == taps[-2]
+    if grouped:
+        options = [*(tuple(m for m in ms if m < 6) for ms in options[:-1]), (1,)]
+    square = len(taps) > 1 and taps[-1] == taps[-2] and not grouped
     for ms in product(*options):
         if square and ms[-1] != ms[-2]:
             continue
@@ -303,9 +311,7 @@ def _priced(p: Plan, request: Request) -> Candidate:
             reason=f"error up to {factor:.1f} times direct exceeds the tolerance of "
             f"{request.tolerance:g}",
         )
-    # Kernels whose transforms are compiled beforehand may refuse a tile that others run.
-    refuses = getattr(backends.kernel(p.family, p.backend), "refuses", None)
-    reason = refuses(p) if refuses else None
+    reason = _refused(p)
     if reason is not None:
         return Candidate(p, reason=reason)
     reason = _over(p, limit)
@@ -316,6 +322,13 @@ def _priced(p: Plan, request: Request) -> Candidate:
             return Candidate(p, reason=reason)
         p = fitting
     return Candidate(p, costs.estimate_ms(p))
+
+
+def _refused(p: Plan) -> str | None:
+    """None, or the reason against a tile or a configuration that others run, as kernels whose
+    transforms are compiled beforehand have it."""
+    refuses = getattr(backends.kernel(p.family, p.backend), "refuses", None)
+    return refuses(p) if refuses else None
 
 
 def _over(p: Plan, limit: int | None) -> str | None:
@@ -347,8 +360,9 @@ def error_factor(p: Plan) -> float:
     if p.precision == "tf32":
         return amplification(p.transforms)
     first = p.geometry.temporal if isinstance(p.geometry, SeparableGeometry) else p.geometry
-    channels = first.in_channels * prod(first.stride)
+    each = first.in_channels // first.groups
+    channels = each * prod(first.stride)
     if p.backend == "c" and p.family != "hfa":
         channels *= prod(t.r for t in p.transforms if t.m == 1)
-    direct = first.in_channels * first.taps / 2 + 1
+    direct = each * first.taps / 2 + 1
     return amplification(p.transforms) * sqrt((channels / 2 + 4) / direct)

@@ -155,6 +155,12 @@ READINGS: dict[tuple[str, str], Reading] = {
     ("MF-Net-18 3D", "N=16, 400 classes"): Reading("mfnet3d"),
     ("MF-Net 2D", "N=16"): Reading("mfnet2d"),
     ("MF-Net 2D", "N=16 w/o multiplexer"): Reading("mfnet2d_plain"),
+    ("MF-Net 2D", "N=12"): Reading("mfnet2d_n12"),
+    ("MF-Net 2D", "N=24"): Reading("mfnet2d_n24"),
+    ("MF-Net 2D", "N=16 w/o multiplexer, deeper & wider"): Reading("mfnet2d_deeper"),
+    ("ResNet-18 (MF embedded)", ""): Reading("mf_resnet18"),
+    ("MobileNet-v2 1.4 (MF embedded)", ""): Reading("mf_mobilenet_v2"),
+    ("ResNeXt-26 (8x16d)", ""): Reading("resnext26"),
     ("ResNet-18", "baseline"): Reading("resnet18"),
     ("ResNet-50", "baseline"): Reading("resnet50"),
     ("MobileNet-v2 1.4", "baseline"): Reading("mobilenet_v2_x1_4"),
@@ -171,6 +177,7 @@ _EXCEPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "slow_r50": {"pooled": ("trunk.stage2",)},
     "slowfast_r50": {"pooled": ("slow.stage2", "fast.stage2")},
     "mfnet": {"added": ("trunk.stage?.unit?",)},
+    "mf_resnet18": {"added": ("trunk.stage?.unit?",)},
 }
 
 

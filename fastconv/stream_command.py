@@ -19,23 +19,16 @@ from . import backends
 from .errors import BackendError, UnsupportedError
 from .stream import Policy, StreamPool
 from .video import PREPROCESSING, Preprocessing, VideoError, default_clip, read_frames
+from .zoo import CONTINUAL, build
+from .zoo import NETWORKS as ZOO
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from .nn.to_continual import ContinualNetwork
 
-# Continual networks by the names of their paper, and the clip networks that they are.
-NETWORKS = {
-    "cox3d_s": "x3d_s",
-    "cox3d_m": "x3d_m",
-    "cox3d_l": "x3d_l",
-    "coi3d": "i3d_r50",
-    "coslow": "slow_r50",
-    "d_resnet18": "d_resnet18",
-    "d_resnet50": "d_resnet50",
-    "d_resnet101": "d_resnet101",
-}
+# What the command takes, and the clip networks that they are.
+NETWORKS = {**CONTINUAL, **{f"d_resnet{depth}": f"d_resnet{depth}" for depth in (18, 50, 101)}}
 STARTS = ("wait", "zeros", "replicate")
 REFRESH_S = 0.25  # of the live table
 REPEATS = 3  # clips that are recomputed for the summary
@@ -113,8 +106,6 @@ def run(args: argparse.Namespace) -> int:
 
 def preprocessing_of(network: str) -> Preprocessing:
     """What a zoo network expects of its frames; of those not in video.PREPROCESSING, its size."""
-    from .zoo import NETWORKS as ZOO
-
     if network in PREPROCESSING:
         return PREPROCESSING[network]
     _, frames, crop, _ = ZOO[network].input_shape
@@ -126,8 +117,6 @@ def _networks(args: argparse.Namespace) -> tuple[nn.Module, ContinualNetwork, Te
     import torch
 
     from .nn.to_continual import to_continual
-    from .zoo import NETWORKS as ZOO
-    from .zoo import build
 
     name = NETWORKS[args.network]
     model = build(name).eval()

@@ -24,12 +24,10 @@ FSB_LAYERS = ("conv1a", "conv2a", "conv3a", "conv3b", "conv4a", "conv4b")
 
 
 @cache
-def value_of(paper: str, table: str, model: str, variant: str, quantity: str) -> Value | None:
-    """The exact figure of one cell; None if the network is published nowhere."""
+def value_of(paper: str, table: str, model: str, variant: str, quantity: str) -> Value:
+    """The exact figure of one cell."""
     if quantity == "compression":
         return _compression(variant)
-    if (model, variant) not in READINGS:
-        return None
     if quantity == "operations":
         rule = "thop-2019" if table.startswith("earlier") else RULES[paper]
         return _operations(model, variant, rule)
@@ -66,10 +64,8 @@ def _layers(model: str, variant: str) -> list[Layer]:
     return list(map(one_step, layers)) if READINGS[model, variant].per_frame else layers
 
 
-def macs(model: str, variant: str) -> int | None:
-    """Multiply-accumulates alone; None if the network is published nowhere."""
-    if (model, variant) not in READINGS:
-        return None
+def macs(model: str, variant: str) -> int:
+    """Multiply-accumulates alone."""
     return sum(layer.macs for layer in _layers(model, variant))
 
 

@@ -45,7 +45,8 @@ ABOUT = {
     "fsb": "The figures of C3D agree with each other, but no map sizes tried give them, and the "
     "SlowFast that is compared with is not published: several readings stand beside each figure. "
     "Multiplications under fast algorithms are counted with ideal tiles, as in the paper.",
-    "mfnet": "Operations by rule mfnet.",
+    "mfnet": "Operations by rule mfnet. Where the paper prints no layers or widths of a network, "
+    "the figures are those of a reading.",
 }
 
 
@@ -62,15 +63,14 @@ class Cell:
     why: str
 
     @property
-    def value(self) -> Value | None:
-        """The exact figure; None if the network is published nowhere."""
+    def value(self) -> Value:
+        """The exact figure."""
         return value_of(self.paper, self.table, self.model, self.variant, self.quantity)
 
     @property
     def verdict(self) -> str:
         """'equal', 'equal, cut off', or the difference in per cent of the printed figure."""
-        value = self.value
-        return "" if value is None else compared(self.printed, value)
+        return compared(self.printed, self.value)
 
 
 def compared(printed: str, value: Value) -> str:
@@ -112,7 +112,7 @@ def run(papers: Iterable[str] = (), form: str = "markdown") -> str:
 
 def _record(cell: Cell) -> dict[str, Any]:
     value = cell.value
-    number = None if value is None else float(value) if isinstance(value, Fraction) else value
+    number = float(value) if isinstance(value, Fraction) else value
     shown = {k: getattr(cell, k) for k in ("paper", "table", "model", "variant", "quantity")}
     verdict = {"printed": cell.printed, "value": number, "verdict": cell.verdict, "why": cell.why}
     return {**shown, **verdict}
@@ -158,8 +158,7 @@ def _table(of_table: list[Cell]) -> Iterator[str]:
         for quantity in quantities:
             line += _columns(found.get(quantity), reasons)
         if counted:
-            number = macs(model, variant)
-            line.append("" if number is None else f"{number:,}")
+            line.append(f"{macs(model, variant):,}")
         lines.append(line)
     yield from (f"| {' | '.join(line)} |" for line in lines)
     if reasons:
@@ -174,10 +173,8 @@ def _columns(cell: Cell | None, reasons: list[str]) -> list[str]:
     return [cell.printed, written(cell.value), f"{cell.verdict} {mark}".strip()]
 
 
-def written(value: Value | None) -> str:
+def written(value: Value) -> str:
     """An integer with its thousands apart, a rate with three digits behind the point."""
-    if value is None:
-        return ""
     if value.denominator == 1:
         return f"{int(value):,}"
     return f"{float(value):.3f}" if value < 1000 else f"{float(value):,.1f}"

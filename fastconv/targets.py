@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .nn.trace import Layer
 
 _FACTORY = re.compile(r"([\w.]+):([\w.]+)@(\d+(?:x\d+){2,3})")
+_MEANT = re.compile(r"([\w.]+:[A-Za-z_][\w.]*)(@.*)?")  # what follows a layer's colon is a number
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +53,17 @@ class Target:
 
 
 def is_factory(text: str) -> bool:
-    """Whether a target is written like package.module:factory@3x16x224x224."""
-    return _FACTORY.fullmatch(text) is not None
+    """Whether a target is written like package.module:factory@3x16x224x224.
+
+    Raises GeometryError for one whose input is missing or is none.
+    """
+    if _FACTORY.fullmatch(text):
+        return True
+    meant = _MEANT.fullmatch(text)
+    if meant:
+        name = meant[1]
+        raise GeometryError(f"count: expected {name}@CHANNELSx[FRAMESx]HEIGHTxWIDTH, got {text!r}")
+    return False
 
 
 def load(text: str) -> Target:

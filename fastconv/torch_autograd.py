@@ -82,8 +82,8 @@ def _input_fake(
     dilation: Sequence[int],
     group_outputs: int,
     layout: str,
-    backend: str = "auto",
-    tolerance: float = 4.0,
+    *_: Any,
+    **__: Any,
 ) -> Tensor:
     groups = max(1, grad.shape[1] // group_outputs)
     return new_dense((grad.shape[0], weight.shape[1] * groups, *input_size), grad, layout)
@@ -114,15 +114,7 @@ def _weight_impl(
 
 
 def _weight_fake(
-    grad: Tensor,
-    input: Tensor,
-    weight_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    layout: str,
-    backend: str = "auto",
-    tolerance: float = 4.0,
+    grad: Tensor, input: Tensor, weight_size: Sequence[int], *_: Any, **__: Any
 ) -> Tensor:
     return grad.new_empty((grad.shape[1], *weight_size))
 

@@ -21,6 +21,7 @@ from . import (
     torch_ops_block,
     torch_ops_packed,
     torch_ops_runner,
+    torch_ops_vmap,
     winners,
 )
 from .continual import State
@@ -28,8 +29,10 @@ from .counts import ELEMENT_BYTES
 from .epilogue import Epilogue
 from .errors import UnsupportedError
 from .geometry import Geometry
+from .ops import workspace_address
 from .plan import DEFAULT_TOLERANCE, Plan
-from .torch_ops_runner import is_plain
+from .torch_ops_register import cast_by_autocast, define, register
+from .torch_ops_runner import flat, is_plain
 
 _ARGUMENTS = (
     "Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups, "
@@ -37,16 +40,12 @@ _ARGUMENTS = (
     "str form='ring', str start='zeros', str algorithm='auto', str backend='auto', "
     f"float tolerance={DEFAULT_TOLERANCE}, int? max_workspace_bytes=None"
 )
-_library = torch.library.Library("fastconv", "FRAGMENT")
-_library.define(
-    f"continual_step(Tensor input, Tensor(a!) state, Tensor(b!) steps, {_ARGUMENTS}) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_library.define(
+define(f"continual_step(Tensor input, Tensor(a!) state, Tensor(b!) steps, {_ARGUMENTS}) -> Tensor")
+define(
     f"continual_step_functional(Tensor input, Tensor state, Tensor steps, {_ARGUMENTS}) "
-    "-> (Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    "-> (Tensor, Tensor, Tensor)"
 )
+_APART = ("state", "steps", "active")  # tensors of a precision of their own
 MAX_STEPPERS = 4096  # kinds of steps that are remembered
 _steppers: dict[Any, Stepper] = {}
 
@@ -58,6 +57,15 @@ def new_state(shape: Sequence[int], like: Tensor, dtype: str) -> tuple[Tensor, T
     memory = torch.zeros(tuple(size), dtype=getattr(torch, dtype), device=like.device)
     frames = memory if tuple(size) == tuple(shape) else memory.movedim(-1, 1)
     return frames, torch.zeros(shape[0], dtype=torch.int64, device=like.device)
+
+
+def as_weights_are(weight: Tensor, *tensors: Any) -> Sequence[Any]:
+    """Under autocast, what comes is brought to the precision of the weights; a state keeps its
+    own."""
+    device = weight.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    return cast_by_autocast(device, tensors, weight.dtype)
 
 
 def finder() -> Any:
@@ -76,31 +84,36 @@ def key_of(
 ) -> Any:
     """What tells a step from others; None where it needs more than a plan: a trace, a refusal."""
     frames, steps = state.frames, state.steps
-    if not is_plain(input, weight, bias, residual, gradients=False):
+    if weight is None or not is_plain(input, weight, bias, residual, gradients=False):
         return None
-    if type(frames) is not Tensor or type(steps) is not Tensor:
+    for part in (frames, steps):
+        if type(part) is not Tensor or part.layout is not torch.strided or part.is_nested:
+            return None
+    try:
+        return (
+            input.shape,
+            input.stride(),
+            input.dtype,
+            None if input.is_cpu else (input.device, torch_ops.precision_of(input)),
+            frames.shape,
+            frames.stride(),
+            frames.dtype,
+            frames.is_cpu or frames.device,
+            steps.shape,
+            steps.stride(),
+            steps.dtype,
+            steps.is_cpu or steps.device,
+            state.form,
+            state.start,
+            state.stride,
+            weight.shape,
+            None if bias is None else bias.shape,
+            None if residual is None else residual.shape,
+            options,
+            winners.generation(),
+        )
+    except RuntimeError:  # a weight without a shape; the door refuses it
         return None
-    return (
-        input.shape,
-        input.stride(),
-        input.dtype,
-        None if input.is_cpu else (input.device, torch_ops.precision_of(input)),
-        frames.shape,
-        frames.stride(),
-        frames.dtype,
-        frames.is_cpu or frames.device,
-        steps.shape,
-        steps.dtype,
-        steps.is_cpu or steps.device,
-        state.form,
-        state.start,
-        state.stride,
-        weight.shape,
-        None if bias is None else bias.shape,
-        None if residual is None else residual.shape,
-        options,
-        winners.generation(),
-    )
 
 
 def known(key: Any) -> Stepper | None:
@@ -141,12 +154,10 @@ def continual_step(
     key     from `key_of`
     choice  algorithm, backend, tolerance, max_workspace_bytes
     """
+    continual.check_state("continual_step", state, geometry, input)
     if key is not None:
-        continual.check_state("continual_step", state, geometry, input)
         ready = _remember(key, _plan_for(input, state, geometry, epilogue, **choice))
         return ready.step(input, state, weight, bias, residual, active, update_state)
-    if state.stride != geometry.stride[0]:
-        continual.check_state("continual_step", state, geometry, input)
     arguments = (input, state.frames, state.steps, weight, bias, *_plain(geometry))
     options = choice | {
         "activation": epilogue.activation,
@@ -255,7 +266,7 @@ def _step_impl(
         input.dtype,
         None if input.is_cpu else (input.device, torch_ops.precision_of(input)),
         (state.shape, state.stride(), state.dtype, state.is_cpu or state.device),
-        (steps.shape, steps.dtype, steps.is_cpu or steps.device),
+        (steps.shape, steps.stride(), steps.dtype, steps.is_cpu or steps.device),
         (weight.shape, weight.dtype, weight.is_cpu or weight.device),
         None if bias is None else (bias.shape, bias.dtype, bias.is_cpu or bias.device),
         None if residual is None else (residual.shape, residual.dtype, residual.device),
@@ -349,12 +360,6 @@ def _functional_fake(
     return y, torch.empty_like(state), torch.empty_like(steps)
 
 
-_library.impl("continual_step", _step_impl, "CompositeExplicitAutograd")
-_library.impl("continual_step_functional", _functional_impl, "CompositeExplicitAutograd")
-torch.library.register_fake("fastconv::continual_step", _step_fake, lib=_library)
-torch.library.register_fake("fastconv::continual_step_functional", _functional_fake, lib=_library)
-
-
 class Stepper:
     """A plan ready for many steps: what it needs besides the arrays is looked up once."""
 
@@ -408,12 +413,11 @@ class Stepper:
             y.zero_()
         if self._nothing:
             return y
+        bias = flat(bias)
         if not self._in_c:
             self._write(x, frames, steps, packed, bias, residual, y, active, update)
             return y
         x, residual = torch_ops.dense(x, layout), torch_ops.dense(residual, layout)
-        if bias is not None and not bias.is_contiguous():
-            bias = bias.contiguous()
         packed.step_at(
             x.data_ptr(),
             0 if bias is None else bias.data_ptr(),
@@ -422,7 +426,7 @@ class Stepper:
             steps.data_ptr(),
             steps.stride(0),
             y.data_ptr(),
-            ops.workspace_address,
+            workspace_address,
             0 if active is None else active.data_ptr(),
             update,
         )
@@ -491,7 +495,7 @@ def _over(mask: Tensor, like: Tensor) -> Tensor:
     return mask.reshape(-1, *(1,) * (like.dim() - 1))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     input, state, steps, weight, bias, *geometry = inputs[:9]
     activation, residual, active, update, form, start = inputs[9:15]
     if activation != "none":
@@ -627,9 +631,9 @@ def _torch_plan(window: Geometry, state: State, x: Tensor) -> Plan:
     return Plan("continual", "torch", window, dtype, Epilogue(), layout, x.device.type, (), config)
 
 
-torch.library.register_autograd(
-    "fastconv::continual_step_functional",
-    _backward,
-    setup_context=_setup_context,
-    lib=_library,
-)
+register("continual_step", _step_impl, _step_fake, autocast="weight", apart=_APART)
+register(
+    "continual_step_functional", _functional_impl, _functional_fake, _context, _backward,
+    autocast="weight", apart=_APART,
+)  # fmt: skip
+torch_ops_vmap.register_steps()

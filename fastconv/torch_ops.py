@@ -49,17 +49,20 @@ def key_of(
     gradient, a trace, a refusal."""
     if not is_plain(input, weight, bias, residual):
         return None
-    return (
-        input.shape,
-        input.stride(),
-        input.dtype,
-        None if input.is_cpu else (input.device, precision_of(input)),
-        weight.shape,
-        None if bias is None else bias.shape,
-        None if residual is None else residual.shape,
-        options,
-        winners.generation(),
-    )
+    try:
+        return (
+            input.shape,
+            input.stride(),
+            input.dtype,
+            None if input.is_cpu else (input.device, precision_of(input)),
+            weight.shape,
+            None if bias is None else bias.shape,
+            None if residual is None else residual.shape,
+            options,
+            winners.generation(),
+        )
+    except RuntimeError:  # a weight without a shape; the door refuses it
+        return None
 
 
 def as_autocast_does(*tensors: Any) -> list[Any]:

@@ -132,11 +132,8 @@ def _fake(
     pointwise_bias: Tensor | None,
     stride: Sequence[int],
     padding: Sequence[int],
-    activations: Sequence[str],
-    residual: Tensor | None = None,
-    backend: str = "auto",
-    tolerance: float = 4.0,
-    max_workspace_bytes: int | None = None,
+    *_: Any,
+    **__: Any,
 ) -> Tensor:
     shape: Sequence[Any] = input.shape
     for stage, weight in zip(
@@ -193,4 +190,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(found)
 
 
-register("separable_block", _impl, _fake, _context, _backward, autocast=True)
+register("separable_block", _impl, _fake, _context, _backward, autocast="lower")

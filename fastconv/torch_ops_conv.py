@@ -78,7 +78,7 @@ def plan_for(
     )
 
 
-def _impl(
+def run(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -92,33 +92,13 @@ def _impl(
     backend: str = "auto",
     tolerance: float = 4.0,
     max_workspace_bytes: int | None = None,
+    op: str = "conv",
+    frozen: Tensor | None = None,
 ) -> Tensor:
-    found = route(
-        input, weight, bias, stride, padding, dilation, groups, activation, residual,
-        algorithm, backend, tolerance, max_workspace_bytes, "conv",
-    )  # fmt: skip
-    return found(input, held_weights(weight).form(found, weight), bias, residual)
+    """The operator's implementation; arguments are checked when they come for the first time.
 
-
-def route(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    activation: str,
-    residual: Tensor | None,
-    algorithm: str,
-    backend: str,
-    tolerance: float,
-    max_workspace_bytes: int | None,
-    op: str,
-) -> Runner:
-    """The Runner of a call; its arguments are checked when they come for the first time."""
-    if input.layout is not torch.strided or weight.layout is not torch.strided:
-        ops.check_arrays(op, input=input, weight=weight)
+    op, frozen  of another operator: its name, and what it was given in the place of the weight
+    """
     fresh = weight.requires_grad and torch.is_grad_enabled()  # in the next call they are others
     key = (
         input.shape,
@@ -140,8 +120,31 @@ def route(
         winners.generation(),
     )
     found = _routes.get(key)
-    if found is not None:
-        return found
+    if found is None:
+        plan = _checked_plan(
+            input, weight, bias, stride, padding, dilation, groups, activation, residual, op, fresh,
+            algorithm=algorithm, backend=backend, tolerance=tolerance,
+            max_workspace_bytes=max_workspace_bytes,
+        )  # fmt: skip
+        found = remember(key, plan)
+    held = held_weights(weight) if frozen is None else held_weights(frozen, True)
+    return found(input, held.form(found, weight), bias, residual)
+
+
+def _checked_plan(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+    residual: Tensor | None,
+    op: str,
+    fresh: bool,
+    **choice: Any,
+) -> Plan:
     ops.check_arrays(op, input=input, weight=weight, bias=bias, residual=residual)
     if input.dim() != weight.dim() or not weight.shape[1]:
         raise GeometryError(
@@ -159,17 +162,8 @@ def route(
         op=op,
     )
     ops.check_extras(op, geometry.out_channels, geometry.y_shape, bias, residual)
-    plan = plan_for(
-        geometry,
-        input,
-        Epilogue(bias is not None, activation, residual is not None),
-        fresh,
-        algorithm=algorithm,
-        backend=backend,
-        tolerance=tolerance,
-        max_workspace_bytes=max_workspace_bytes,
-    )
-    return remember(key, plan)
+    epilogue = Epilogue(bias is not None, activation, residual is not None)
+    return plan_for(geometry, input, epilogue, fresh, **choice)
 
 
 def _fake(
@@ -180,12 +174,8 @@ def _fake(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-    activation: str = "none",
-    residual: Tensor | None = None,
-    algorithm: str = "auto",
-    backend: str = "auto",
-    tolerance: float = 4.0,
-    max_workspace_bytes: int | None = None,
+    *_: Any,
+    **__: Any,
 ) -> Tensor:
     shape = result_shape(input.shape, weight.shape, stride, padding, dilation, groups)
     return new_dense(shape, input, ops.layout_of(input))
@@ -249,4 +239,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(found)
 
 
-register("conv", _impl, _fake, _context, _backward, autocast=True)
+register("conv", run, _fake, _context, _backward, autocast="lower")

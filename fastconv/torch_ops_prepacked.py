@@ -3,7 +3,7 @@
 Its weights come as one plain tensor of one axis, made by `freeze`, so that exporting, compiling and
 saving keep them as they keep any buffer. What a kernel reads is packed at the first call of a plan
 and kept for as long as that tensor lives: of machine, layout and shape of the input nothing is
-stored.
+stored. Autocast brings everything else to their precision.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .errors import GeometryError
+from .errors import GeometryError, UnsupportedError
 from .torch_autograd import (
     FROM_OUTPUT,
     convolution,
@@ -24,8 +24,7 @@ from .torch_autograd import (
     gradient_of_input,
     through_activation,
 )
-from .torch_ops_conv import result_shape, route
-from .torch_ops_packed import held_weights
+from .torch_ops_conv import result_shape, run
 from .torch_ops_register import define, register
 from .torch_ops_runner import new_dense
 
@@ -43,6 +42,8 @@ def freeze(weight: Tensor) -> Tensor:
     Not to be written afterwards by ways that PyTorch does not count, `.data` for one.
     """
     ops.check_arrays("freeze", weight=weight)
+    if not isinstance(weight, Tensor):
+        raise UnsupportedError("freeze: weight must be a PyTorch tensor, got a NumPy array")
     return weight.detach().clone(memory_format=torch.contiguous_format).reshape(-1)
 
 
@@ -71,12 +72,10 @@ def _impl(
     tolerance: float = 4.0,
     max_workspace_bytes: int | None = None,
 ) -> Tensor:
-    weight = _weight(packed, weight_size)
-    runner = route(
-        input, weight, bias, stride, padding, dilation, groups, activation, residual,
-        algorithm, backend, tolerance, max_workspace_bytes, "conv_prepacked",
+    return run(
+        input, _weight(packed, weight_size), bias, stride, padding, dilation, groups, activation,
+        residual, algorithm, backend, tolerance, max_workspace_bytes, "conv_prepacked", packed,
     )  # fmt: skip
-    return runner(input, held_weights(packed, True).form(runner, weight), bias, residual)
 
 
 def _fake(
@@ -88,12 +87,8 @@ def _fake(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-    activation: str = "none",
-    residual: Tensor | None = None,
-    algorithm: str = "auto",
-    backend: str = "auto",
-    tolerance: float = 4.0,
-    max_workspace_bytes: int | None = None,
+    *_: Any,
+    **__: Any,
 ) -> Tensor:
     shape = result_shape(input.shape, weight_size, stride, padding, dilation, groups)
     return new_dense(shape, input, ops.layout_of(input))
@@ -132,4 +127,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(found)
 
 
-register("conv_prepacked", _impl, _fake, _context, _backward)
+register("conv_prepacked", _impl, _fake, _context, _backward, autocast="packed")

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
+from . import ops
 from .errors import UnsupportedError
 
 _C = torch._C
@@ -34,24 +35,65 @@ def define(schema: str) -> None:
 
 def register(
     name: str,
-    impl: Callable[..., Tensor],
-    fake: Callable[..., Tensor],
-    context: Callable[..., None],
-    backward: Callable[..., tuple[Tensor | None, ...]],
-    autocast: bool = False,
+    impl: Callable[..., Any],
+    fake: Callable[..., Any],
+    context: Callable[..., None] | None = None,
+    backward: Callable[..., tuple[Tensor | None, ...]] | None = None,
+    autocast: str = "",
+    apart: tuple[str, ...] = (),
 ) -> None:
     """Give a defined operator all that it needs; functions as for torch.library.
 
-    autocast: cast as PyTorch's own convolutions do
+    context, backward: None for an operator that keeps no gradient
+    autocast  'lower' casts as PyTorch's own convolutions do; the name of an argument stands for its
+              precision
+    apart     tensors that may be of another precision
     """
-    qualified = f"fastconv::{name}"
-    library.impl(name, impl, "CompositeExplicitAutograd")
-    torch.library.register_fake(qualified, fake, lib=library)
+    op = _give_kernels(name, impl, fake, apart)
+    if context is not None and backward is not None:
+        kernel = _differentiable(op, impl, context, backward)
+        library.impl(name, kernel, "Autograd", with_keyset=True)
+    for device in ("cpu", "cuda") if autocast else ():
+        precise = _in_precision_of_autocast(op, device, autocast, apart)
+        library.impl(name, precise, f"Autocast{device.upper()}")
+
+
+def _give_kernels(
+    name: str, impl: Callable[..., Any], fake: Callable[..., Any], apart: tuple[str, ...]
+) -> Any:
+    """The operator with its implementation, and its fake for tensors without values.
+
+    What is neither dense nor on a usual device, and fakes, are checked first.
+    """
     op = getattr(torch.ops.fastconv, name).default
-    library.impl(name, _differentiable(op, impl, context, backward), "Autograd", with_keyset=True)
-    if autocast:
-        library.impl(name, _in_precision_of_autocast(op, "cpu"), "AutocastCPU")
-        library.impl(name, _in_precision_of_autocast(op, "cuda"), "AutocastCUDA")
+    names = [a.name for a in op._schema.arguments]
+    tensors = [a.name for a in op._schema.arguments if "Tensor" in str(a.type)]
+
+    def checked(function: Callable[..., Any]) -> Callable[..., Any]:
+        def check_first(*given: Any, **named: Any) -> Any:
+            arguments = dict(zip(names, given, strict=False)) | named
+            _check(name, {n: arguments.get(n) for n in tensors}, apart)
+            return function(*given, **named)
+
+        return check_first
+
+    for device in ("CPU", "CUDA"):
+        library.impl(name, impl, device)
+    library.impl(name, checked(impl), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastconv::{name}", checked(fake), lib=library)
+    return op
+
+
+def _check(op: str, tensors: dict[str, Any], apart: tuple[str, ...]) -> None:
+    ops.check_arrays(op, **{n: t for n, t in tensors.items() if n not in apart})
+    first, x = next(iter(tensors.items()))
+    others = {n: tensors[n] for n in apart if tensors.get(n) is not None}
+    ops.check_dense(op, **{first: x}, **others)
+    for name, other in others.items():
+        if other.device != x.device:
+            raise UnsupportedError(
+                f"{op}: {first} is on device {x.device}, but {name} is on {other.device}"
+            )
 
 
 def _differentiable(
@@ -75,10 +117,10 @@ def _differentiable(
             return y
 
         @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
             needs = ctx.needs_input_grad[1:]
             ctx.needs = (*needs, *(False,) * (len(defaults) - len(needs)))
-            return (None, *backward(ctx, grad)[: len(needs)])
+            return (None, *backward(ctx, *grads)[: len(needs)])
 
     after = _C._after_autograd_keyset
     known: dict[int, bool] = {}  # by key set: whether what comes behind autograd is a kernel
@@ -115,24 +157,36 @@ def _refuse_tangents(op: Any, given: tuple[Any, ...]) -> None:
             )
 
 
-def cast_by_autocast(device: str, tensors: Iterable[Any]) -> list[Any]:
-    """float32 and below to autocast's precision on a device, whatever else as it is."""
-    dtype = torch.get_autocast_dtype(device)
+def cast_by_autocast(
+    device: str, tensors: Iterable[Any], dtype: torch.dtype | None = None
+) -> list[Any]:
+    """float32 and below to a precision, autocast's on a device if none is named, whatever else as
+    it is."""
+    wanted = dtype or torch.get_autocast_dtype(device)
 
     def cast(value: Any) -> Any:
         if not isinstance(value, Tensor) or value.device.type != device:
             return value
         single = value.is_floating_point() and value.dtype != torch.float64
-        return value.to(dtype) if single else value
+        return value.to(wanted) if single else value
 
     return list(map(cast, tensors))
 
 
-def _in_precision_of_autocast(op: Any, device: str) -> Callable[..., Tensor]:
-    """As PyTorch's own convolutions: float tensors are cast, except float64."""
+def _in_precision_of_autocast(
+    op: Any, device: str, autocast: str, apart: tuple[str, ...]
+) -> Callable[..., Any]:
+    names = [a.name for a in op._schema.arguments]
+    ruling = names.index(autocast) if autocast in names else None
+    fixed = [i for i, name in enumerate(names) if name in apart]
 
-    def kernel(*given: Any) -> Tensor:
+    def kernel(*given: Any) -> Any:
+        dtype = None if ruling is None else given[ruling].dtype
         with torch.autocast(device, enabled=False):
-            return op(*cast_by_autocast(device, given))
+            arguments = cast_by_autocast(device, given, dtype)
+            for i in fixed:
+                if i < len(given):
+                    arguments[i] = given[i]
+            return op(*arguments)
 
     return kernel

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from . import backends, ops, torch_memory
 from .counts import ELEMENT_BYTES
 from .epilogue import Epilogue
+from .ops import workspace_address
 from .plan import CONTIGUOUS, Plan
 from .torch_ops_packed import ON_TENSORS, held_weights, view
 
@@ -54,7 +55,7 @@ class Runner:
             return dense(self._convolve(x, packed, bias, self.plan.geometry), layout)
         if residual is not None:
             residual = dense(residual, layout)
-        bias = tuple(map(_flat, bias)) if isinstance(bias, tuple) else _flat(bias)
+        bias = tuple(map(flat, bias)) if isinstance(bias, tuple) else flat(bias)
         y = self._new_y(x)
         if not self._nothing:
             self._write(x, packed, bias, residual, y)
@@ -91,28 +92,22 @@ class _RunnerInC(Runner):
         if bias is None:
             biases = _NO_BIASES
         elif isinstance(bias, tuple):
-            bias = tuple(map(_flat, bias))
+            bias = tuple(map(flat, bias))
             biases = tuple(0 if b is None else b.data_ptr() for b in bias)
         else:
-            bias = _flat(bias)
+            bias = flat(bias)
             biases = (bias.data_ptr(), 0, 0)
         y = self._new_y(x)
         if not self._nothing:
             added = 0 if residual is None else residual.data_ptr()
-            packed.run_at(x.data_ptr(), biases, added, y.data_ptr(), ops.workspace_address)
+            packed.run_at(x.data_ptr(), biases, added, y.data_ptr(), workspace_address)
         return y
 
 
 _NO_BIASES = (0, 0, 0)
 
 
-def is_plain(
-    first: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    gradients: bool = True,
-) -> bool:
+def is_plain(first: Tensor, *others: Tensor | None, gradients: bool = True) -> bool:
     """Ordinary dense tensors of one device and precision in an ordinary call: no gradient is
     asked for, nobody traces, transforms or watches, and no operator is needed for anything else.
 
@@ -122,20 +117,23 @@ def is_plain(
         return False
     if forward_ad._current_level >= 0 or _autocasts():
         return False
-    if type(first) is not Tensor or first.layout is not _STRIDED or first.is_neg():
+    if type(first) is not Tensor or first.layout is not _STRIDED or first.is_nested:
+        return False
+    if first.is_neg():
         return False
     dtype, on_cpu = first.dtype, first.is_cpu
     if not on_cpu:
-        others = (weight, bias, residual)
         device = first.device
         if device.type == "meta" or any(t is not None and t.device != device for t in others):
             return False
-    if gradients and _grad_enabled() and _any_requires_grad(first, weight, bias, residual):
+    if gradients and _grad_enabled() and _any_requires_grad(first, *others):
         return False
-    for t in (weight, bias, residual):
-        if t is not None and (
-            type(t) not in _ORDINARY or t.dtype is not dtype or t.is_cpu is not on_cpu or t.is_neg()
-        ):
+    for t in others:
+        if t is None:
+            continue
+        if type(t) not in _ORDINARY or t.dtype is not dtype or t.is_cpu is not on_cpu:
+            return False
+        if t.layout is not _STRIDED or t.is_neg():
             return False
     return True
 
@@ -149,7 +147,7 @@ _STRIDED = torch.strided
 _ORDINARY = (Tensor, torch.nn.Parameter)
 
 
-def _flat(bias: Tensor | None) -> Tensor | None:
+def flat(bias: Tensor | None) -> Tensor | None:
     """Kernels that see addresses read one element behind the other."""
     return bias if bias is None or bias.is_contiguous() else bias.contiguous()
 

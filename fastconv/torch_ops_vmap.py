@@ -28,6 +28,15 @@ def register() -> None:
         torch.library.register_vmap(f"fastconv::{name}", _complete(op, rule), lib=library)
 
 
+def register_steps() -> None:
+    """The same for the steps of streams."""
+    ops = torch.ops.fastconv
+    functional = _complete(ops.continual_step_functional.default, _step)
+    name = "fastconv::continual_step_functional"
+    torch.library.register_vmap(name, functional, lib=library)
+    torch.library.register_vmap("fastconv::continual_step", _refused_step, lib=library)
+
+
 def _complete(op: Any, rule: Callable[..., Any]) -> Callable[..., Any]:
     """The rule for a call whose defaults were left out."""
     defaults = [a.default_value for a in op._schema.arguments]
@@ -130,3 +139,23 @@ def _prepacked(
     x, r = _to_batch(size, x, dims[0]), _to_batch(size, residual, dims[9])
     y = torch.ops.fastconv.conv_prepacked(x, packed, bias, *size_and_steps, activation, r, *choice)
     return y.unflatten(0, (size, -1 if y.shape[0] else 0)), 0
+
+
+def _step(size: int, dims: Any, x: Tensor, state: Tensor, steps: Tensor, *rest: Any) -> Any:
+    weight, bias, *geometry, activation, residual, active = rest[:9]
+    if dims[3] is not None or dims[4] is not None:
+        raise UnsupportedError("vmap over the weights of a step is not served")
+    batches = (_to_batch(size, t, d) for t, d in zip((x, state, steps), dims, strict=False))
+    r, a = _to_batch(size, residual, dims[10]), _to_batch(size, active, dims[11])
+    result = torch.ops.fastconv.continual_step_functional(
+        *batches, weight, bias, *geometry, activation, r, a, *rest[9:]
+    )
+    streams = x.shape[int(dims[0] == 0)]
+    return tuple(t.unflatten(0, (size, streams)) for t in result), (0, 0, 0)
+
+
+def _refused_step(info: Any, in_dims: Any, *given: Any) -> Any:
+    raise UnsupportedError(
+        "vmap over fastconv::continual_step, which writes its state, is not served; use "
+        "fastconv::continual_step_functional, or more streams in one state"
+    )

@@ -26,8 +26,6 @@ CONFIGS: tuple[dict[str, int], ...] = ({},)
 
 def supports(geometry: Geometry, dtype: str, epilogue: Epilogue) -> str | None:
     """None, or the reason against."""
-    if geometry.groups != 1:
-        return f"winograd is for one group, not {geometry.groups}"
     if any(d != 1 for d in geometry.dilation):
         return f"winograd is for dilation 1, not {geometry.dilation}"
     if all(r <= s for r, s in zip(geometry.kernel, geometry.stride, strict=True)):
@@ -105,11 +103,16 @@ def output_transform(
     return m[(..., *map(slice, geometry.out_size))]
 
 
-def multiply(u: np.ndarray, v: np.ndarray, n: int) -> np.ndarray:
-    """M = sum over phases and channels of U V: u (S, K, C, *alpha), v (S, N, C, *tiles, *alpha).
+def multiply(u: np.ndarray, v: np.ndarray, n: int, groups: int = 1) -> np.ndarray:
+    """M = sum over phases and channels of U V: u (S, K, C / groups, *alpha), v (S, N, C, *tiles,
+    *alpha).
 
-    Returns (N, K, *tiles, *alpha): per point of alpha a matrix product (K, S C) x (S C, N tiles).
+    Returns (N, K, *tiles, *alpha): per group and point of alpha a matrix product (K, S C) x
+    (S C, N tiles).
     """
+    if groups > 1:
+        parts = zip(np.split(u, groups, axis=1), np.split(v, groups, axis=2), strict=True)
+        return np.concatenate([multiply(a, b, n) for a, b in parts], axis=1)
     s, k, c, *alpha = u.shape
     batch, count = v.shape[1], v.shape[3 : 3 + n]
     points = prod(alpha)
@@ -121,7 +124,7 @@ def multiply(u: np.ndarray, v: np.ndarray, n: int) -> np.ndarray:
 
 
 def prepack(weights: np.ndarray, plan: Plan) -> np.ndarray:
-    """U (phases, K, C, *alpha) in float64."""
+    """U (phases, K, C / groups, *alpha) in float64."""
     return filter_transform(direct.exact(weights), plan.transforms, plan.geometry)
 
 
@@ -137,9 +140,9 @@ def run(plan, x, packed, bias, residual, y, workspace) -> None:
     residual (N, K, *out_size) or None, y (N, K, *out_size) written.
     plan.transforms has one F(m, ceil(kernel / stride)) per axis.
 
-    Equivalent to `F.conv3d(x, w, bias, stride, padding)`.
+    Equivalent to `F.conv3d(x, w, bias, stride, padding, groups=groups)`.
     """
     geometry, transforms = plan.geometry, plan.transforms
     v = input_transform(direct.exact(x), transforms, geometry)
-    z = output_transform(multiply(packed, v, geometry.n), transforms, geometry)
+    z = output_transform(multiply(packed, v, geometry.n, geometry.groups), transforms, geometry)
     y[...] = direct.finish(z, bias, residual, plan.epilogue)

@@ -9,48 +9,20 @@ import pickle
 import threading
 from collections import OrderedDict
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
 import fastconv  # noqa: E402  (after the skip)
-from fastconv import backends, zoo  # noqa: E402
+from fastconv import backends  # noqa: E402
 from fastconv.errors import UnsupportedError  # noqa: E402
 from fastconv.nn.graph_forward import forwards  # noqa: E402
+from models import close, leaves, randomized, run  # noqa: E402
 
 nn, F = torch.nn, torch.nn.functional
 needs_c = pytest.mark.skipif(backends.available()["c"] is not None, reason="needs the C kernels")
 SIZE = (4, 10, 12)
-
-
-def randomized(model: nn.Module) -> nn.Module:
-    """Eval mode, with statistics and affine parameters that are not 0 and 1."""
-    generator = torch.Generator().manual_seed(0)
-    for module in model.modules():
-        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
-            with torch.no_grad():
-                for t, low in ((module.weight, 0.5), (module.running_var, 0.5)):
-                    t.copy_(torch.rand(t.shape, generator=generator) + low)
-                for t in (module.bias, module.running_mean):
-                    t.copy_(torch.randn(t.shape, generator=generator))
-    return model.eval()
-
-
-def close(got, want) -> None:
-    for a, b in zip(leaves(got), leaves(want), strict=True):
-        assert a.shape == b.shape
-        assert a.dtype == b.dtype
-        scale = max(1.0, float(b.detach().abs().max()))
-        torch.testing.assert_close(a, b, rtol=0, atol=2e-5 * scale)
-
-
-def leaves(output):
-    return [t for t in torch.utils._pytree.tree_leaves(output) if isinstance(t, torch.Tensor)]
-
-
-def run(model, *args):
-    with torch.no_grad():
-        return model(*args)
 
 
 def conv(c_in=6, c_out=6, kernel=3, **options):
@@ -505,6 +477,13 @@ WRITES = {
     "statistics": lambda m: m[0][1].running_var.add_(1),
     "replaced": lambda m: setattr(m[0][0], "weight", nn.Parameter(m[0][0].weight * 3)),
     "data": lambda m: setattr(m[0][0].weight, "data", m[0][0].weight.data * 3),
+    "through data": lambda m: m[0][0].weight.data.mul_(3),
+    "statistics through data": lambda m: m[0][1].running_mean.data.add_(3),
+    "through an array": lambda m: np.multiply(w := m[0][0].weight.detach().numpy(), 3, out=w),
+    "some elements, and told": lambda m: (
+        m[0][0].weight.data[1, 1, 1].mul_(9),
+        [forward.forget_plans() for forward in forwards(m)[:1]],
+    ),
     "state dict": lambda m: m.load_state_dict({k: v * 2 for k, v in m.state_dict().items()}),
     "module": lambda m: m[0].__setitem__(2, nn.Sigmoid()),
 }
@@ -577,6 +556,44 @@ def test_other_precisions_and_empty_batches_are_pytorchs():
     torch.testing.assert_close(run(double, x.double()), run(model.double(), x.double()))
 
 
+WRONG = {
+    "rank": lambda x: x[0, 0],
+    "channels": lambda x: x[:, :3],
+    "precision": lambda x: x.double(),
+    "integers": lambda x: x.int(),
+    "complex": lambda x: x.to(torch.complex64),
+    "sparse": lambda x: x.to_sparse(),
+    "meta": lambda x: x.to("meta"),
+    "an array": lambda x: x.numpy(),
+    "nothing": lambda x: None,
+}
+UNUSUAL = {
+    "overlapping": lambda x: torch.randn(2000).as_strided(x.shape, (0, 100, 20, 3, 1)),
+    "negated": lambda x: torch.complex(x, x).conj().imag,
+    "expanded": lambda x: x[:, :, :1].expand_as(x),
+    "NaN": lambda x: x.masked_fill(x > 1, float("nan")),
+    "infinite": lambda x: x.masked_fill(x > 1, float("inf")),
+    "another batch": lambda x: x.expand(3, -1, -1, -1, -1),
+    "a parameter": lambda x: nn.Parameter(x.clone()),
+}
+
+
+def test_what_is_wrong_is_refused_and_what_is_unusual_is_served():
+    model = randomized(nn.Sequential(conv(6, 6), nn.ReLU(), nn.Conv3d(6, 5, 1)))
+    x = torch.randn(1, 6, *SIZE)
+    new, _ = fastconv.accelerate(model, x)
+    want = run(new, x)
+    for change in WRONG.values():
+        with pytest.raises((NotImplementedError, ValueError)):
+            run(new, change(x))
+    assert torch.equal(run(new, x), want)
+    for change in UNUSUAL.values():
+        other = change(x)
+        torch.testing.assert_close(
+            run(new, other), run(model, other), rtol=1e-4, atol=1e-4, equal_nan=True
+        )
+
+
 def test_a_compiled_or_exported_copy_is_the_model():
     model = randomized(nn.Sequential(ConvBnRelu(), nn.AdaptiveAvgPool3d(1)))
     x = torch.randn(1, 6, *SIZE)
@@ -624,47 +641,3 @@ def test_times_are_measured_when_asked_for():
     assert all(layer.ms is not None and layer.ms > 0 for layer in report.layers)
     assert str(report).splitlines()[0].endswith("ms")
     assert fastconv.accelerate(model, x)[1].layers[0].ms is None
-
-
-# What each network is given: few frames and pixels, enough for its poolings.
-
-
-def small(network) -> tuple[int, ...]:
-    channels, *size = network.input_shape
-    if len(size) == 2:
-        return (1, channels, 64, 64)
-    return (1, channels, min(size[0], 16), 64 if min(size[1:]) > 64 else size[1], 64)
-
-
-FAMILIES = sorted({network.family: network.name for network in zoo.NETWORKS.values()}.values())
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_the_zoo(name):
-    network = zoo.NETWORKS[name]
-    shape = small(network)
-    options = {"clip": shape[2:]} if network.family == "c3d" else {}
-    model = zoo.build(name, num_classes=11, **options).eval()
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    new, report = fastconv.accelerate(model, x, check=False)  # float64 takes PyTorch long
-    assert report.traced
-    assert report.stays == ()
-    close(run(new, x), run(model, x))
-
-
-VIDEO = {"r3d_18": 8, "mc3_18": 8, "r2plus1d_18": 8, "swin3d_t": 4}
-
-
-@pytest.mark.parametrize("name", VIDEO)
-def test_torchvisions_networks(name):
-    try:
-        from torchvision.models import video
-    except (ImportError, RuntimeError) as error:  # built for another PyTorch
-        pytest.skip(f"torchvision: {error}")
-    torch.manual_seed(11)
-    model = randomized(getattr(video, name)(weights=None))
-    x = torch.randn(1, 3, VIDEO[name], 48, 48)
-    new, report = fastconv.accelerate(model, x, check=False)
-    assert report.traced
-    assert all(layer.plan is not None for layer in report.layers)
-    close(run(new, x), run(model, x))

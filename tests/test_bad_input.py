@@ -32,7 +32,7 @@ WRONG = {  # what is done to the input, and how the error begins
     "truth values": (lambda x: x > 0, "conv3d: dtype bool is not supported"),
     "sparse": (
         lambda x: x.to_sparse(),
-        "conv3d: input must be a dense tensor, got layout torch.sparse_coo",
+        "conv3d: input must be a dense tensor, got a torch.sparse_coo one",
     ),
     "precision": (lambda x: x.double(), "conv3d: input has dtype float64, but weight has float32"),
     "an array": (
@@ -230,6 +230,27 @@ def test_minimal_filtering_spreads_what_is_not_finite_within_its_tiles(backend, 
     got = fastconv.conv2d(x, w, padding=1, algorithm="winograd", backend=backend)
     assert not got[~want.isfinite()].isfinite().any()
     assert got[..., 12:, 12:].isfinite().all()
+
+
+@numpy_may_warn
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("backend", CPU)
+def test_what_is_not_finite_goes_through_blocks_and_streams(backend, value):
+    x = normal(1, 4, 4, 7, 9)
+    x[0, 1, 2, 3, 4] = value
+    weights = [normal(*s) for s in ((5, 4, 3, 1, 1), (5, 1, 1, 3, 3), (2, 5, 1, 1, 1))]
+    want = F.conv3d(F.conv3d(x, weights[0], padding=(1, 0, 0)), weights[1], padding=(0, 1, 1),
+                    groups=5)  # fmt: skip
+    want = F.conv3d(want, weights[2])
+    got = fastconv.separable_block(x, *weights, backend=backend)
+    assert not got[~want.isfinite()].isfinite().any()
+    assert got[..., 7:].isfinite().all()
+    w = normal(6, 4, 3, 3, 3)
+    want = F.conv3d(F.pad(x, (0, 0, 0, 0, 2, 0)), w, padding=(0, 1, 1))
+    for form in ("ring", "sum"):
+        state = fastconv.continual_state(x[:, :, 0], w, form=form, padding=(0, 1, 1))
+        got = fastconv.continual_steps(x, state, w, padding=(0, 1, 1), backend=backend)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 @pytest.mark.parametrize("groups", [1, 4])

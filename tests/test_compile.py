@@ -262,6 +262,16 @@ def test_autocast_is_pytorchs(dtype):
     assert fastconv.conv3d(x, w, b, 1, 1, 1, 2).dtype == torch.float32
 
 
+def test_autocast_keeps_the_precision_of_frozen_weights():
+    x, w, b = normal(1, 4, 9).bfloat16(), normal(6, 4, 3), normal(6)
+    rest = (torch_ops.freeze(w), b, [6, 4, 3], [1], [0, 0], [1], 1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = torch.ops.fastconv.conv_prepacked(x, *rest)
+        with pytest.raises(UnsupportedError, match="input has dtype float64"):
+            torch.ops.fastconv.conv_prepacked(x.double(), *rest)
+    torch.testing.assert_close(y, F.conv1d(x.float(), w, b), rtol=1e-4, atol=1e-4)
+
+
 def test_autocast_trains():
     torch.manual_seed(0)
     ours = fastconv.nn.Conv3d(4, 4, 3, padding=1, groups=4)

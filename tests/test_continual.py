@@ -432,6 +432,50 @@ def test_refusals_of_tiles_say_why():
     assert module.refuses(plan) == "a stream has one column at a time, not 2"
 
 
+# What the C backend's two forms of direct convolution, whose sums differ, are both near to.
+FRAMES = [
+    # frame, kernel, stride, padding, dilation
+    ((7, 7), (3, 3, 3), 1, 1, 1),
+    ((7, 7), (2, 3, 3), 1, 1, (2, 1, 1)),
+    ((7, 7), (3, 1, 1), 1, 0, 1),
+    ((14, 14), (5, 1, 1), (2, 1, 1), 0, 1),
+    ((14, 14), (3, 3, 3), (2, 2, 2), 1, 1),
+    ((1, 9), (3, 1, 3), 1, (0, 1), 1),
+    ((14,), (3, 3), 1, 1, (2, 1)),
+    ((7,), (4, 1), (3, 1), 0, 1),
+    ((), (3,), 1, (), 1),
+    ((), (20,), 1, (), 1),
+]
+CHANNELS = [
+    # groups, then channels of one
+    (1, 3, 24), (1, 8, 12), (1, 16, 4), (1, 24, 16), (1, 64, 8), (1, 64, 24),
+    (4, 2, 2), (2, 4, 4), (2, 8, 8), (4, 6, 12), (2, 12, 12), (4, 16, 16), (2, 24, 24),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", DIRECT)
+@pytest.mark.parametrize("channels", CHANNELS, ids=str)
+@pytest.mark.parametrize("case", FRAMES, ids=str)
+def test_bits_do_not_depend_on_length_and_batch(backend, channels, case):
+    """A stream alone, and clips of several batches and lengths: every column has the same bits."""
+    (groups, c, k), (frame, size, stride, padding, dilation) = channels, case
+    plan = plan_for(
+        backend, (1, groups * c, *frame), (groups * k, c, *size), stride, padding, dilation, groups
+    )
+    g = plan.geometry
+    times = g.span[0] + 6
+    frames, w = cases.random((3, groups * c, times, *frame), 0), cases.random(g.w_shape, 1)
+    stream = Stream(plan, w)
+    columns = [stream.step(frames[:1, :, t]) for t in range(times)]
+    want = np.stack(columns[g.span[0] - 1 :: g.stride[0]], axis=2)
+    for batch, length in ((1, times), (3, times), (1, g.span[0])):
+        clip = replace(plan, family="grouped", geometry=replace(
+            g, batch=batch, in_size=(length, *frame)
+        ))  # fmt: skip
+        y = cases.execute(clip, frames[:batch, :, :length], w)
+        assert np.array_equal(y[:1], want[:, :, : y.shape[2]]), (batch, length)
+
+
 @in_c
 @pytest.mark.parametrize("groups", [1, 5], ids=["dense", "depthwise"])
 def test_a_hundred_thousand_steps_do_not_drift(backend, groups):

@@ -227,6 +227,24 @@ def test_a_step_of_a_stream(capsys):
     assert capsys.readouterr().err == "fastconv: count: only rule ptflops counts steps, not thop\n"
 
 
+def test_a_network_that_cannot_be_continual_has_no_step(capsys):
+    pytest.importorskip("torch")
+    assert main(["count", "rcn_18", "--per-frame"]) == 1
+    assert capsys.readouterr().err == (
+        "fastconv: count: rcn_18 has no step of a stream: to_continual: trunk.stem "
+        "(RecurrentUnit), split: takes the frames of a clip apart\n"
+    )
+
+
+@pytest.mark.parametrize("target", ["package.models:make", "package.models:make@3x8", "m:f@"])
+def test_a_model_needs_an_input(target, capsys):
+    assert main(["count", target]) == 1
+    name = target.split("@")[0]
+    assert capsys.readouterr().err == (
+        f"fastconv: count: expected {name}@CHANNELSx[FRAMESx]HEIGHTxWIDTH, got {target!r}\n"
+    )
+
+
 def test_networks_for_images(capsys):
     pytest.importorskip("torch")
     small, whole = count_json(capsys, "resnet18@112x112", "resnet18")

@@ -140,6 +140,33 @@ def test_edges_of_a_tile_are_exact_on_integers(backend, width, height):
     assert_exact(plan_for(backend, geometry, config=UNROLLED))
 
 
+# Padding of frames that a strided tile goes through: before and after them.
+@fast
+@pytest.mark.parametrize("pads", [(0, 0), (1, 1), (2, 0), (0, 2), (2, 2), (3, 3)])
+@pytest.mark.parametrize("frames", [1, 2, 3, 6])
+def test_frames_of_a_strided_tile_are_exact_on_integers(backend, frames, pads):
+    if frames + sum(pads) < 3:
+        pytest.skip("no output")
+    padding = (pads, (1, 1), (1, 0))
+    epilogue = Epilogue(bias=True, residual=True)
+    for size, channels in (((5, 13), 20), ((8, 32), 65), ((3, 18), 16)):
+        geometry = geometry_of(channels, (frames, *size), (3, 3, 3), (1, 2, 2), padding)
+        assert_exact(plan_for(backend, geometry, epilogue=epilogue, config=UNROLLED))
+
+
+# More than caches hold, and pixels or lines that are whole cache lines: 34 MB of x and y.
+@pytest.mark.parametrize("epilogue", [Epilogue(), Epilogue(True, "silu"), Epilogue(residual=True)])
+@pytest.mark.parametrize("kernel_size", [(3, 3, 3), (1, 3, 3), (5, 1, 1)])
+def test_bits_do_not_depend_on_writing_past_the_caches(kernel_size, epilogue):
+    if "c" not in cases.CPU_BACKENDS:
+        pytest.skip("no C backend")
+    padding = tuple(k // 2 for k in kernel_size)
+    geometry = geometry_of(64, (8, 92, 92), kernel_size, 1, padding)
+    plans = [plan_for("c", geometry, epilogue=epilogue, config=c) for c in (UNROLLED, LOOPED)]
+    arrays = cases.arrays_for(plans[0])
+    assert np.array_equal(*(cases.execute(plan, *arrays) for plan in plans))
+
+
 @fast
 @pytest.mark.parametrize("frames", [1, 2, 4, 7, 8, 9, 21])
 def test_edges_of_a_block_of_lines_are_exact_on_integers(backend, frames):

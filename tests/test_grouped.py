@@ -33,7 +33,8 @@ C_FORMS = ("products", "strips")
 def use_c_form(monkeypatch, name: str) -> None:
     """The C backend takes one form, by the module of its cut, for every geometry."""
     form = importlib.import_module(f"fastconv.c_kernels.{name}")
-    monkeypatch.setattr(kernel("grouped", "c"), "_cut", form.cut)
+    cut = lambda geometry, lanes, clip=None: form.cut(geometry, lanes)  # noqa: E731
+    monkeypatch.setattr(kernel("grouped", "c"), "_cut", cut)
 
 
 def use_c_threads(monkeypatch, count: int) -> None:
@@ -91,6 +92,58 @@ def test_channels_per_group_are_exact_on_integers(backend, channels, layout):
     x, w = small_integers(geometry.x_shape, 0), small_integers(geometry.w_shape, 1)
     want = cases.execute(cases.on(plan, "reference"), x, w)
     assert np.array_equal(cases.execute(plan, x, w), want)
+
+
+# Sums that the compiled backends take in runs (groups, channels of one, kernel): part of a tap in
+# each, whole taps, one term more than a run, one tap more.
+LONG_SUMS = {
+    "channels": (1, 1100, (1, 1, 1)),
+    "one_channel_more": (1, 257, (1, 1, 1)),
+    "taps_of_some_runs": (1, 520, (3, 1, 1)),
+    "runs_of_taps": (1, 20, (3, 3, 3)),
+    "grouped_runs_of_taps": (4, 32, (3, 3, 3)),
+    "one_tap_more": (2, 64, (1, 5, 1)),
+}
+in_runs = pytest.mark.parametrize(
+    ("backend", "run"),  # c: of products.CHUNK at its longest
+    [(b, {"numba": 256, "c": 512}[b]) for b in cases.CPU_BACKENDS if b in ("numba", "c")],
+)
+
+
+def long_sums(name: str, padded: bool = True) -> Geometry:
+    groups, c, window = LONG_SUMS[name]
+    padding = tuple(k // 2 if padded else 0 for k in window)
+    x_shape, w_shape = (1, groups * c, 3, 5, 11), (groups * 20, c, *window)
+    return Geometry.of(x_shape, w_shape, padding=padding, groups=groups)
+
+
+@in_runs
+@pytest.mark.parametrize("name", LONG_SUMS)
+def test_long_sums_are_exact_on_integers(backend, run, name):
+    geometry = long_sums(name)
+    plan = plan_for(backend, geometry, epilogue=Epilogue(bias=True, residual=True))
+    x, w = small_integers(geometry.x_shape, 0), small_integers(geometry.w_shape, 1)
+    bias = small_integers((geometry.out_channels,), 2)
+    residual = small_integers(geometry.y_shape, 3)
+    want = cases.execute(cases.on(plan, "reference"), x, w, bias, residual)
+    assert np.array_equal(cases.execute(plan, x, w, bias, residual), want)
+
+
+@in_runs
+@pytest.mark.parametrize("name", ["channels", "grouped_runs_of_taps"])
+def test_long_sums_round_less_than_one_run(backend, run, name):
+    """n terms in runs of r have r / n + 1 / r of the error's variance: inside runs, and of them."""
+    if backend == "c" and name != "channels":
+        pytest.skip("strips are summed in one run")
+    geometry = long_sums(name, padded=False)
+    plan = plan_for(backend, geometry)
+    x, w = cases.random(geometry.x_shape, 0), cases.random(geometry.w_shape, 1)
+    want = direct.correlate(x.astype(np.float64), w.astype(np.float64), geometry)
+    plain = tolerance.plain_sum(x, w, None, None, geometry, plan.epilogue, "float32")
+    terms = w[0].size
+    few = 1 + 4 / (2 * want.size) ** 0.5
+    allowed = (run / terms + 1 / run) ** 0.5 * few**2 * tolerance.rms(plain - want)
+    assert tolerance.rms(cases.execute(plan, x, w) - want) <= allowed
 
 
 # kernel, stride, padding, dilation: what each moves is in its name.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-from math import prod
 from pathlib import Path
 
 import pytest
@@ -162,20 +161,3 @@ def test_exceptions_are_of_networks_there_are():
     assert exceptions_of("i3d_r50") == {}
     assert exceptions_of("i3d")["functional"]
     assert exceptions_of("nothing") == {}
-
-
-@pytest.mark.parametrize(
-    "name", ["x3d_s", "r2plus1d_18", "shufflenet3d_v1_x1_0", "mfnet3d", "resnet3d_18_b", "s3d"]
-)
-def test_multiplications_are_those_of_the_framework(name):
-    from torch.utils.flop_counter import FlopCounterMode
-
-    shape = NETWORKS[name].input_shape
-    with torch.device("meta"):
-        model, x = NETWORKS[name].builder().eval(), torch.empty(1, *shape)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(x)
-    counted = operations(calls(model, x), "mfnet")
-    assert counter.get_total_flops() == 2 * sum(number for _, number in counted)
-    convolved = [call for call, _ in counted if len(call.x_shape) == 5 and call.is_layer]
-    assert all(prod(call.y_shape) for call in convolved)

@@ -20,13 +20,9 @@ from fastconv.nn.continual_memory import (  # noqa: E402
 from fastconv.nn.continual_trace import trace_clip  # noqa: E402
 from fastconv.nn.to_continual import to_continual  # noqa: E402
 from fastconv.zoo import NETWORKS, build  # noqa: E402
+from tolerance import assert_as_exact_as  # noqa: E402
 
 nn, functional = torch.nn, torch.nn.functional
-CLIPS = {name for name, network in NETWORKS.items() if len(network.input_shape) == 4}
-REFUSED = {
-    "rcn_18": "trunk.stem (RecurrentUnit), split: takes the frames of a clip apart",
-    "fast_trg": "motion (TemporalGradient), cat: puts columns of several values one behind",
-}
 
 
 def noise(*shape, seed=0, dtype=torch.float64):
@@ -72,23 +68,6 @@ def test_memory_is_the_published(frames, clip_numbers, numbers):
     assert held(network) < 11_695_104 / 2
 
 
-@pytest.mark.parametrize("name", sorted(CLIPS))
-def test_every_network_of_the_zoo(name):
-    """Converted, its timing whole, its state dict the model's; or refused with the place."""
-    model, clip = on_meta(name)
-    if name in REFUSED:
-        with pytest.raises(UnsupportedError) as told:
-            to_continual(model, clip)
-        assert REFUSED[name] in str(told.value)
-        return
-    network = to_continual(model, clip)
-    assert network.receptive_field == network.delay + network.padding + 1
-    assert network.warm_up >= network.receptive_field - 1
-    mine, theirs = network.state_dict(), model.state_dict()
-    assert list(mine) == list(theirs)
-    assert all(network.get_parameter(n) is p for n, p in model.named_parameters())
-
-
 # Trunks without a pooling over the whole clip: the size of a map, frames beyond the delay.
 TRUNKS = {
     "i3d_r50": (16, 5), "i3d": (16, 17), "s3d": (32, 17), "r3d_18": (16, 9),
@@ -96,17 +75,6 @@ TRUNKS = {
     "squeezenet3d": (16, 17), "shufflenet3d_v1_x0_5": (64, 17),
     "shufflenet3d_v2_x0_25": (16, 17), "mfnet3d": (16, 5), "c3d": (16, 17),
 }  # fmt: skip
-
-
-MARGIN = 4.0  # of errors in float32 over PyTorch's own: both add up like a random walk
-
-
-def assert_as_exact_as(plain, got, want):
-    """As close to float64 as PyTorch in float32 is, up to the margin."""
-    assert got.shape == want.shape
-    largest = want.abs().max()
-    own = max(float((plain - want).abs().max() / largest), 4 * torch.finfo(torch.float32).eps)
-    assert float((got - want).abs().max() / largest) <= MARGIN * own
 
 
 def answers(model, clip):
@@ -139,32 +107,6 @@ def test_trunks_have_the_columns_of_the_model_itself(name):
         assert_as_exact_as(plain[:, :, some], waits(clip), want[:, :, some])
 
 
-def test_whole_x3d_is_the_model_on_columns_without_padding():
-    """The model with its own weights: gates see single frames, the last pooling inner columns."""
-    model = build("x3d_xs", num_classes=7).eval()
-    window = NETWORKS["x3d_xs"].input_shape[1]
-    network = to_continual(model, torch.empty(1, 3, window, 32, 32))
-    edge = network.padding
-    clip = noise(1, 3, network.receptive_field + 1, 32, 32, dtype=torch.float32)
-    got = network.forward_steps(clip).output
-    assert got.shape == (1, 7, 2)
-
-    def every_frame(module, args, y):
-        return args[0].mean((3, 4), keepdim=True)
-
-    def inner(module, args, y):
-        return args[0][:, :, first : first + window].mean((2, 3, 4), keepdim=True)
-
-    for module in model.modules():
-        if type(module).__name__ == "SqueezeExcite":
-            module.gate.pool.register_forward_hook(every_frame)
-    model.head.pool.register_forward_hook(inner)
-    for t in range(2):
-        first = edge + t
-        plain, want = answers(model, clip)
-        assert_as_exact_as(plain, got[:, :, t], want)
-
-
 @pytest.mark.parametrize("name", ["x3d_xs", "i3d_r50", "d_resnet18_sum"])
 def test_streams_have_the_bits_of_the_clip(name):
     """In the form 'ring', in any chunks."""
@@ -177,29 +119,6 @@ def test_streams_have_the_bits_of_the_clip(name):
         at += count
     got = torch.cat(got, dim=2)
     assert torch.equal(got, want[:, :, : got.shape[2]])
-
-
-def test_slowfast_joins_its_pathways_where_the_clip_does():
-    """One clip's pooled columns meet: the head of the model on the columns without padding."""
-    model = build("slowfast_r50_8x8", num_classes=5).eval()
-    network = to_continual(model, torch.empty(1, 3, 32, 32, 32))
-    assert network.rate == 4
-    begin = network.clock.begin  # in columns of the slow pathway, which is pooled first
-    frames = -(-(network.warm_up + 1) // 4) * 4 + 32
-    clip = noise(1, 3, frames, 32, 32, dtype=torch.float32)
-    got = network.forward_steps(clip).output
-    slow_turn = [True]
-
-    def inner(module, args, y):
-        per = 1 if slow_turn[0] else 4
-        slow_turn[0] = not slow_turn[0]
-        some = slice(begin * per, (begin + 8) * per)
-        return args[0][:, :, some].mean((2, 3, 4), keepdim=True)
-
-    model.pool.register_forward_hook(inner)
-    plain, want = answers(model, clip)
-    assert begin > 0
-    assert_as_exact_as(plain, got[:, :, 0], want)
 
 
 class Choices:

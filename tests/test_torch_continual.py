@@ -176,3 +176,89 @@ def test_a_stream_equals_the_clip_under_compilation():
     got = torch.stack([step(stream[:, :, t]) for t in range(6)], 2)
     padded = F.pad(stream * 2, (0, 0, 0, 0, 2, 0))
     torch.testing.assert_close(got, F.conv3d(padded, w, padding=(0, 1, 1)).relu() + 1)
+
+
+def operands(form, batch=3):
+    """An input, frames and steps of several states, weights and the rest of an operator's call."""
+    xs, w, b, r = tensors((batch, 2, 4, 5, 6), (6, 4, 3, 3, 3), (6,), (batch, 2, 6, 3, 4))
+    state = fastconv.continual_state(xs[0], w, form=form)
+    frames = tensors((batch, *state.frames.shape))[0]
+    steps = torch.arange(2 * batch).reshape(batch, 2)
+    active = torch.tensor([[True, False], [True, True], [False, True]])[:batch]
+    return xs, frames, steps, w, b, r, active
+
+
+def call(form, x, frames, steps, w, b, r, active):
+    fixed = ([1] * 3, [0] * 6, [1] * 3, 1)
+    op = torch.ops.fastconv.continual_step_functional
+    return op(x, frames, steps, w, b, *fixed, "relu", r, active, True, form)
+
+
+@forms
+@pytest.mark.parametrize("dims", [(0,) * 3, (1, 0, 0), (0, None, None), (None, 0, 0), (1, 1, 1)])
+def test_vmap_of_steps_is_a_loop(form, dims):
+    xs, frames, steps, w, b, r, active = operands(form)
+    given = [
+        t[0] if d is None else t.movedim(0, d).contiguous()
+        for t, d in zip((xs, frames, steps), dims, strict=True)
+    ]
+    dims = (*dims, None, None, 0, 0)
+    got = torch.vmap(lambda *args: call(form, *args), in_dims=dims)(*given, w, b, r, active)
+    for i in range(3):
+        one = [
+            t if d is None else t.select(d, i)
+            for t, d in zip((*given, w, b, r, active), dims, strict=True)
+        ]
+        for part, want in zip(got, call(form, *one), strict=True):
+            torch.testing.assert_close(part[i], want)
+
+
+def test_what_vmap_does_not_serve_is_refused():
+    xs, frames, steps, w, *_ = operands("ring")
+    fixed = ([1] * 3, [0] * 6, [1] * 3, 1)
+    step, functional = torch.ops.fastconv.continual_step, call
+    with pytest.raises(UnsupportedError, match="which writes its state, is not served"):
+        torch.vmap(lambda x, f, s: step(x, f, s, w, None, *fixed))(xs, frames, steps)
+    assert torch.equal(steps, torch.arange(6).reshape(3, 2))
+    with pytest.raises(UnsupportedError, match="vmap over the weights of a step is not served"):
+        torch.vmap(lambda w: functional("ring", xs[0], frames[0], steps[0], w, None, None, None))(
+            torch.stack([w, w])
+        )
+
+
+@forms
+def test_gradients_by_functions(form):
+    xs, frames, steps, w, *_ = operands(form)
+
+    def loss(x, frames, w):
+        fixed = ([1] * 3, [0] * 6, [1] * 3, 1)
+        op = torch.ops.fastconv.continual_step_functional
+        y, after, _ = op(x, frames, steps[0], w, None, *fixed, form=form)
+        return y.square().sum() + after.sin().sum()
+
+    inputs = (xs[0], frames[0], w)
+    got = torch.func.grad(loss, argnums=(0, 1, 2))(*inputs)
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    loss(*leaves).backward()
+    for a, b in zip(got, leaves, strict=True):
+        torch.testing.assert_close(a, b.grad)
+
+
+@forms
+def test_autocast_leaves_streams_in_the_precision_of_their_weights(form):
+    """What an earlier layer made is less precise; states and weights are not."""
+    x, w, b = tensors((2, 4, 4, 5, 6), (6, 4, 3, 3, 3), (6,))
+    low = x.bfloat16()
+
+    def run(stream):
+        state = fastconv.continual_state(x[:, :, 0], w, form=form)
+        first = fastconv.continual_step(stream[:, :, 0], state, w, b)
+        second, state = fastconv.continual_step_functional(stream[:, :, 1], state, w, b)
+        rest = fastconv.continual_steps(stream[:, :, 2:], state, w, b)
+        return torch.cat([torch.stack([first, second], 2), rest], 2)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = run(low)
+    want = run(low.float())
+    assert got.dtype == torch.float32
+    assert torch.equal(got, want)

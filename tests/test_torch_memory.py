@@ -30,6 +30,11 @@ def test_memory_of_a_dead_output_is_used_again():
     assert torch_memory.unused_bytes() == 0
 
 
+def test_memory_begins_at_a_cache_line():
+    kept = [torch_memory.empty((n, *BIG), torch.float32) for n in (1, 2, 3)]
+    assert [y.data_ptr() % torch_memory.LINE for y in kept] == [0, 0, 0]
+
+
 @pytest.mark.parametrize(
     "alias",
     [

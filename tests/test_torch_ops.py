@@ -224,6 +224,15 @@ def test_packed_weights_follow_every_write(write):
         close(fastconv.conv3d(x, w), F.conv3d(x, w))
 
 
+def test_packed_weights_follow_memory_that_is_read_in_another_order():
+    x, w = tensors((1, 4, 4, 6, 6), (4, 4, 3, 3, 3))
+    w = torch.nn.Parameter(w)
+    with torch.no_grad():
+        fastconv.conv3d(x, w)
+        w.data = w.data.transpose(0, 1)  # of the same shape, and nobody counts it
+        close(fastconv.conv3d(x, w), F.conv3d(x, w))
+
+
 STRIDED = {
     "channels last": lambda w: w.to(memory_format=torch.channels_last_3d),
     "gaps": lambda w: torch.stack([w, w], -1)[..., 0],

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from counting import Tally, counting_array
 from fastconv.nn.trace import trace
@@ -21,6 +22,18 @@ def noise(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+class Operations(TorchDispatchMode):
+    """The names of what PyTorch executes."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
 def test_temporal_gradients_are_differences_and_the_mean():
     x = noise(2, 3, 5, 4, 4)
     y = TemporalGradient()(x)
@@ -31,14 +44,18 @@ def test_temporal_gradients_are_differences_and_the_mean():
 
 
 def test_temporal_gradients_do_not_multiply():
-    """Their formula on counting scalars: differences and a sum; a division by T is no product."""
+    """Differences and a mean, whose division by T is no product; their formula, and the module."""
     tally = Tally()
     x = counting_array(noise(2, 8, 3).mul(4).round().int().numpy(), tally)
     differences, total = x[:, 1:] - x[:, :-1], x.sum(1)
     assert differences.shape == (2, 7, 3)
     assert total.shape == (2, 3)
     assert (tally.multiplications, tally.additions) == (0, 2 * 3 * (7 + 7))
-    assert trace(TemporalGradient(), noise(2, 3, 8, 4, 4)) == []
+    clip = noise(2, 3, 8, 4, 4)
+    assert trace(TemporalGradient(), clip) == []
+    with Operations() as done:
+        TemporalGradient()(clip)
+    assert done.names == {"slice", "sub", "mean", "cat"}
     assert not list(TemporalGradient().parameters())
 
 

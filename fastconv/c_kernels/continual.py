@@ -34,14 +34,16 @@ def refuses(plan: Plan) -> str | None:
     if not any(t.m > 1 and t.r > 1 for t in space):
         return "no axis of a frame has a transform"
     assert isinstance(plan.geometry, Geometry)
+    if plan.geometry.groups > 1:
+        return f"streams by winograd are for one group, not {plan.geometry.groups}"
     reason = winograd.supports(plan.geometry, plan.dtype, plan.epilogue)
     return reason or winograd.refuses(_clip(plan)[1])
 
 
 @functools.lru_cache(maxsize=1024)
-def _clip(plan: Plan) -> tuple[ModuleType, Plan]:
-    """The module and the plan that compute columns from the frames of their taps alone; for the
-    option `sum`, of one tap of one stream.
+def _clip(plan: Plan) -> tuple[ModuleType, Plan, tuple[Geometry, ...]]:
+    """The module and the plan that compute columns from the frames of their taps alone, and the
+    geometry whose clips they follow, if they ask; for the option `sum`, of one tap of one stream.
     """
     g = plan.geometry
     # Three axes with time in front: fewer would be lifted with theirs behind.
@@ -73,7 +75,8 @@ def _clip(plan: Plan) -> tuple[ModuleType, Plan]:
         return winograd, replace(inner, geometry=window, config=())
     single = g.is_depthwise and g.groups > 1
     module, family = (depthwise, "depthwise") if single else (grouped, "grouped")
-    return module, replace(plan, family=family, geometry=window, config=())
+    follows = () if single or sums else (g,)
+    return module, replace(plan, family=family, geometry=window, config=()), follows
 
 
 def prepack(weights: np.ndarray, plan: Plan) -> Packed:
@@ -82,10 +85,10 @@ def prepack(weights: np.ndarray, plan: Plan) -> Packed:
     With the option `sum` tap by tap.
     """
     g = plan.geometry
-    module, clip = _clip(plan)
+    module, clip, follows = _clip(plan)
     k, c, _, *size = clip.geometry.w_shape
     if not plan.options.get("sum"):
-        inner = module.prepack(np.reshape(weights, clip.geometry.w_shape), clip)
+        inner = module.prepack(np.reshape(weights, clip.geometry.w_shape), clip, *follows)
         return _packed(plan, clip, inner, inner.weights, {})
     inner, *others = (
         module.prepack(np.reshape(w, (k, c, 1, *size)), clip) for w in np.moveaxis(weights, 2, 0)
@@ -122,8 +125,8 @@ def _packed(
 
 def workspace_size(plan: Plan) -> int:
     """Elements of plan.dtype that `run` needs as scratch."""
-    module, clip = _clip(replace(plan, layout=launch.CHANNELS_LAST))
-    own = module.workspace_size(clip) - launch.copies_size(clip)
+    module, clip, follows = _clip(replace(plan, layout=launch.CHANNELS_LAST))
+    own = module.workspace_size(clip, *follows) - launch.copies_size(clip)
     return own + launch.copies_size(plan)
 
 

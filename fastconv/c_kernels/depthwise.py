@@ -66,12 +66,12 @@ def pack(weights: np.ndarray, plan: Plan, form: int) -> np.ndarray:
     first = np.maximum(0, np.minimum(np.arange(vectors) * lanes, outs - lanes))
     channel = np.minimum(first[:, None] + np.arange(lanes), outs - 1)
     size = vectors * taps * lanes
-    packed = launch.aligned(size + lanes + vectors * lanes)
+    packed = launch.aligned(size + vectors * lanes)
     # (vectors, lanes, taps) -> (vectors, taps, lanes)
     packed[:size].reshape(vectors, taps, lanes)[...] = w[channel].swapaxes(1, 2)
     multiplier = outs // geometry.in_channels
     lane_of = channel // multiplier - first[:, None] // multiplier
-    packed[size + lanes :].view(np.int32)[...] = lane_of.ravel()
+    packed[size:].view(np.int32)[...] = lane_of.ravel()
     return packed
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +17,7 @@ from .launch import Packed, ffi, lib
 
 CONFIGS: tuple[dict[str, int], ...] = ({},)
 MOST_OUTPUTS = 64  # of a group that pixels in lanes are considered for
+COLUMNS = {1: 1024, 3: 16}  # of the clip that stands for all of its kind, by its axes
 
 
 def supports(geometry: Geometry, dtype: str, epilogue: Epilogue) -> str | None:
@@ -22,13 +26,33 @@ def supports(geometry: Geometry, dtype: str, epilogue: Epilogue) -> str | None:
 
 
 @functools.lru_cache(maxsize=1024)
-def _cut(geometry: Geometry, lanes: int) -> strips.Strips | products.Products:
-    """The form of a geometry with fewer cycles by its own count."""
-    rows = products.cut(geometry, lanes)
-    if geometry.out_channels // geometry.groups > MOST_OUTPUTS:
-        return rows
-    pixels = strips.cut(geometry, lanes)
-    return pixels if _cycles(pixels) < _cycles(rows) else rows
+def _cut(
+    geometry: Geometry, lanes: int, clip: Geometry | None = None
+) -> strips.Strips | products.Products:
+    """How a geometry is cut, in the form of its clip's kind; it may be that clip itself."""
+    cut: strips.Strips | products.Products = _form(_kind(clip or geometry), lanes).cut(
+        geometry, lanes
+    )
+    return cut
+
+
+@functools.lru_cache(maxsize=1024)
+def _form(kind: Geometry, lanes: int) -> ModuleType:
+    """The form with fewer cycles by its own count."""
+    if kind.out_channels // kind.groups > MOST_OUTPUTS:
+        return products
+    cuts = strips.cut(kind, lanes), products.cut(kind, lanes)
+    return strips if _cycles(cuts[0]) < _cycles(cuts[1]) else products
+
+
+def _kind(g: Geometry) -> Geometry:
+    """One clip for all that differ in batch, length and what is in front: the form has the order of
+    a sum, and a stream has the bits of its clip.
+    """
+    columns = COLUMNS.get(g.n) or g.out_size[1]  # an image is as high as it is wide
+    length = (columns - 1) * g.stride[0] + g.span[0]
+    padding = ((0, 0), *g.padding[1:])
+    return replace(g, batch=1, in_size=(length, *g.in_size[1:]), padding=padding)
 
 
 def _cycles(cut: strips.Strips | products.Products) -> int:
@@ -37,9 +61,12 @@ def _cycles(cut: strips.Strips | products.Products) -> int:
     return int(module.cycles(cut))
 
 
-def prepack(weights: np.ndarray, plan: Plan) -> Packed:
-    """w (K, C / G, *kernel) in the order in which the kernel reads it."""
-    return _packed(weights, plan, _cut(plan.geometry, launch.lanes()))
+def prepack(weights: np.ndarray, plan: Plan, clip: Geometry | None = None) -> Packed:
+    """w (K, C / G, *kernel) in the order in which the kernel reads it.
+
+    clip  whose bits the result has, where plan.geometry is the window of its columns
+    """
+    return _packed(weights, plan, _cut(plan.geometry, launch.lanes(), clip))
 
 
 def prepack_scaled(weights: np.ndarray, plan: Plan, activation: str) -> Packed:
@@ -58,6 +85,15 @@ def _packed(
     cut: strips.Strips | products.Products,
     input_activation: int = 0,
 ) -> Packed:
+    params, keep = parameters(plan, cut, input_activation)
+    form = strips if isinstance(cut, strips.Strips) else products
+    return Packed(plan, form.pack(weights, cut), params, each=cut.each, keep=keep)
+
+
+def parameters(
+    plan: Plan, cut: strips.Strips | products.Products, input_activation: int = 0
+) -> tuple[Any, list[Any]]:
+    """A C structure fc_grouped, and the memory that it points to."""
     assert isinstance(plan.epilogue, Epilogue)
     values = {
         "geometry": launch.c_geometry(cut.geometry),
@@ -66,21 +102,18 @@ def _packed(
         "each": launch.lines(cut.each),
         "input_activation": input_activation,
     }
+    keep: list[Any] = []
     if isinstance(cut, strips.Strips):
         fields, keep = cut.fields()
         values |= {"form": lib.FC_PIXEL_LANES, "lanes": fields}
-        packed = strips.pack(weights, cut)
     else:
-        keep = []
         values |= {"form": lib.FC_PIXEL_ROWS, "rows": cut.fields(), "scaled": cut.scaled}
-        packed = products.pack(weights, cut)
-    params = ffi.new("fc_grouped *", values)
-    return Packed(plan, packed, params, each=cut.each, keep=keep)
+    return ffi.new("fc_grouped *", values), keep
 
 
-def workspace_size(plan: Plan) -> int:
+def workspace_size(plan: Plan, clip: Geometry | None = None) -> int:
     """Elements of plan.dtype that `run` needs as scratch."""
-    return launch.workspace_elements(plan, 0, _cut(plan.geometry, launch.lanes()).each)
+    return launch.workspace_elements(plan, 0, _cut(plan.geometry, launch.lanes(), clip).each)
 
 
 def workspace_size_scaled(plan: Plan) -> int:

@@ -95,12 +95,15 @@ def cut(geometry: Geometry, lanes: int, scaled: bool = False) -> Products:
     block = max(pixels // rows, 1) * rows
     chunk = CHUNK[lanes]
     chunk_taps = max(min(chunk // depth, taps), 1)
+    # Whole taps where they are joined: the parts of a sum do not depend on that.
+    unit = g.in_channels if joined else 1
+    units, most = depth // unit, chunk // unit
     copied = 0, 0, 0
     if joined and g.padding[2] != (0, 0):
         copied, run = _copies(g)
     return Products(
         g, lanes, vectors, panels, taps, depth, joined, run, block,
-        -(-taps // -(-taps // chunk_taps)), -(-depth // -(-depth // chunk)), *copied, scaled,
+        -(-taps // -(-taps // chunk_taps)), -(-units // -(-units // most)) * unit, *copied, scaled,
     )  # fmt: skip
 
 

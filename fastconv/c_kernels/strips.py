@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -43,22 +44,83 @@ class Strips:
     phases: tuple[tuple[int, ...], tuple[int, ...]]  # used residues of rows and of columns
     packed_rows: int
     row_length: int
-    channel_stride: int
-    sums_stride: int
+    tile: tuple[int, int]  # m of F(m, r) along T and H, 1 for direct
 
     @property
-    def frame(self) -> int:
+    def tiled(self) -> bool:
+        return self.tile != (1, 1)
+
+    @property
+    def points(self) -> tuple[int, int]:
+        """Along T and H, 1 for direct."""
+        both = zip(self.tile, self.geometry.kernel, strict=False)
+        time, down = (m + r - 1 if m > 1 else 1 for m, r in both)
+        return time, down
+
+    @property
+    def pixels(self) -> int:
+        """From the first to the last of a strip's row of tiles."""
+        return (-(-self.rows // self.tile[1]) - 1) * self.row_length + self.columns
+
+    @property
+    def packed(self) -> int:
+        """Floats of a frame and channel as it is packed."""
         return len(self.phases[0]) * len(self.phases[1]) * self.packed_rows * self.row_length
 
     @property
+    def length(self) -> int:
+        """Floats of a point of a slot: whole vectors where it is transformed."""
+        if not self.tiled:
+            return self.packed
+        _, high, wide = self.geometry.kernel
+        below = 0 if self.tile[1] > 1 else (high - 1) * self.row_length
+        size = max(0 if self.tile[1] > 1 else self.packed, self.pixels + below + wide - 1)
+        return -(-size // self.lanes) * self.lanes
+
+    @property
+    def frame(self) -> int:
+        """Floats of a slot of the ring."""
+        return self.points[1] * self.length
+
+    @property
+    def slots(self) -> int:
+        """Frames of the ring: those of one output column, or of a tile."""
+        if self.tile[0] > 1:
+            return self.points[0]
+        return min(self.geometry.span[0], self.geometry.in_size[0])
+
+    @property
+    def channel_stride(self) -> int:
+        return _odd_lines(self.slots * self.frame + self.lanes)
+
+    @property
+    def packed_stride(self) -> int:
+        return _odd_lines(self.packed + 2 * self.lanes) if self.tile[1] > 1 else 0
+
+    @property
+    def v_stride(self) -> int:
+        return _odd_lines(self.points[0] * self.frame + self.lanes) if self.tile[0] > 1 else 0
+
+    @property
+    def sums_stride(self) -> int:
+        return _odd_lines(-(-self.pixels // self.lanes) * self.lanes)
+
+    @property
     def each(self) -> int:
-        """Floats of a thread: its input ring, sums and table of terms."""
+        """Floats of a thread: its input ring, sums and table of terms; and with tiles a packed
+        frame, V, the bias and M of a register block, once more between its two passes."""
         g = self.geometry
         outputs = self.groups * (g.out_channels // g.groups)
-        rows = -(-(outputs + self.channels) // self.lanes) * self.lanes
-        terms = g.taps * (g.in_channels // g.groups)
-        inputs = self.groups * (g.in_channels // g.groups) * self.channel_stride
-        return inputs + rows * self.sums_stride + launch.lines(2 * terms)
+        rows = -(-(outputs + self.channels) // self.lanes) * self.lanes * prod(self.tile)
+        depth = g.in_channels // g.groups
+        channels = self.groups * depth
+        size = channels * self.channel_stride + rows * self.sums_stride
+        size += launch.lines(2 * g.taps * depth)
+        if not self.tiled:
+            return size
+        points = self.points[0] * (self.points[1] + self.tile[1])
+        block = self.channels * self.lanes * (1 + points * self.vectors)
+        return size + channels * self.packed_stride + depth * self.v_stride + block
 
     @property
     def items(self) -> int:
@@ -86,18 +148,25 @@ class Strips:
             "packed_rows": self.packed_rows,
             "row_length": self.row_length,
             "frame": self.frame,
-            "slots": _slots(self.geometry),
+            "slots": self.slots,
             "channel_stride": self.channel_stride,
             "sums_stride": self.sums_stride,
             "residues": residues,
             "offsets": offsets,
+            "together": _together(self.geometry),
+            "tile": self.tile,
+            "points": self.points,
+            "length": self.length,
+            "packed_stride": self.packed_stride,
+            "v_stride": self.v_stride,
         }
         return values, [residues, offsets]
 
 
-def _slots(g: Geometry) -> int:
-    """Frames of the ring: those of one output column."""
-    return min(g.span[0], g.in_size[0])
+def _together(g: Geometry) -> int:
+    """Taps of one input channel that follow each other: those of a row, but not where time may be
+    that row, as it is of one axis and not in its window. A sum has one order."""
+    return g.kernel[2] if max(g.kernel[:2]) > 1 else 1
 
 
 def _residues(kernel_size: int, stride: int, dilation: int) -> tuple[int, ...]:
@@ -110,15 +179,19 @@ def _reach(kernel_size: int, stride: int, dilation: int) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def cut(geometry: Geometry, lanes: int) -> Strips:
-    """The cheapest cut of a geometry by a count of cycles; for any number of threads."""
+def cut(geometry: Geometry, lanes: int, tile: tuple[int, int] = (1, 1)) -> Strips:
+    """The cheapest cut of a geometry by a count of cycles; for any number of threads.
+
+    tile  m of F(m, r) along T and H of the geometry over three axes
+    """
     g = geometry.lifted()
     groups = sorted({-(-g.groups // n) for n in range(1, g.groups + 1)})
-    heights = range(1, min(g.out_size[1], 64) + 1)
+    high = tile[1]
+    heights = range(high, -(-min(g.out_size[1], 64) // high) * high + 1, high)
     parts = -(-g.out_size[2] // COLUMNS)
     while True:
         width = -(-g.out_size[2] // parts)
-        cuts = [_strips(g, lanes, n, h, width) for n in groups for h in heights]
+        cuts = [_strips(g, lanes, n, h, width, tile) for n in groups for h in heights]
         small = [s for s in cuts if 4 * s.each <= RING_BYTES]
         if small:
             return min(small, key=lambda s: cycles(s) * s.uneven)
@@ -127,18 +200,20 @@ def cut(geometry: Geometry, lanes: int) -> Strips:
         parts *= 2
 
 
-def _strips(g: Geometry, lanes: int, groups: int, rows: int, columns: int) -> Strips:
+def _strips(
+    g: Geometry, lanes: int, groups: int, rows: int, columns: int, tile: tuple[int, int]
+) -> Strips:
     channels, vectors = register_block(g.out_channels // g.groups, lanes)
     axes = list(zip(g.kernel, g.stride, g.dilation, strict=True))
     phases = _residues(*axes[1]), _residues(*axes[2])
-    row_length = _row_length(g, phases[1], columns)
     packed_rows = rows + _reach(*axes[1])
-    frame = len(phases[0]) * len(phases[1]) * packed_rows * row_length
-    pixels = -(-((rows - 1) * row_length + columns) // lanes) * lanes
+    if tile[1] > 1:
+        phases = tuple(range(tile[1])), phases[1]
+        packed_rows = rows // tile[1] + (tile[1] + g.kernel[1] - 2) // tile[1]
+    row_length = _row_length(g, phases[1], columns)
     return Strips(
-        g, lanes, channels, vectors, groups, rows, columns, phases, packed_rows, row_length,
-        _odd_lines(_slots(g) * frame + lanes), _odd_lines(pixels),
-    )  # fmt: skip
+        g, lanes, channels, vectors, groups, rows, columns, phases, packed_rows, row_length, tile
+    )
 
 
 def _odd_lines(size: int) -> int:
@@ -162,34 +237,56 @@ def cycles(s: Strips) -> float:
     """Roughly, on one thread; constants measured on 512-bit registers."""
     g = s.geometry
     c, k = g.in_channels // g.groups, g.out_channels // g.groups
-    pixels = -(-((s.rows - 1) * s.row_length + s.columns) // s.lanes)
-    blocks, rest = divmod(pixels, s.vectors)
+    vectors = -(-s.pixels // s.lanes)
+    blocks, rest = divmod(vectors, s.vectors)
     term = blocks * _block_cycles(s.channels, s.vectors)
     term += _block_cycles(s.channels, rest) if rest else 0
-    sums = c * g.taps * term + 40 * (blocks + 1)
-    tiles = -(-s.groups * c // s.lanes) * (s.frame // s.row_length) * -(-s.row_length // s.lanes)
+    terms = c * g.taps
+    for m, r in zip(s.tile, g.kernel, strict=False):
+        terms //= r if m > 1 else 1
+    points = prod(s.points)
+    sums = points * (terms * term + 40 * (blocks + 1))
+    tiles = -(-s.groups * c // s.lanes) * (s.packed // s.row_length) * -(-s.row_length // s.lanes)
     outputs = -(-s.groups * k // s.lanes) * s.rows * -(-s.columns // s.lanes)
-    frames = min(g.stride[0], g.span[0])
-    transposed = 5 * s.lanes * (frames * tiles + outputs)
-    lines = frames * s.frame * _lines(s.groups * c, g.in_channels)
-    lines += s.rows * s.columns * _lines(s.groups * k, g.out_channels)
+    frames = min(g.stride[0], g.span[0]) * s.tile[0]
+    transposed = 5 * s.lanes * (frames * tiles + s.tile[0] * outputs)
+    lines = frames * s.packed * _lines(s.groups * c, g.in_channels)
+    lines += s.tile[0] * s.rows * s.columns * _lines(s.groups * k, g.out_channels)
     each = 1.05 * s.groups * -(-k // s.channels) * sums + transposed + 3 * lines
-    return g.batch * s.items * g.out_size[0] * each
+    if s.tiled:
+        each += _transform_cycles(s, vectors)
+    return g.batch * s.items * -(-g.out_size[0] // s.tile[0]) * each
+
+
+def _transform_cycles(s: Strips, vectors: int) -> float:
+    """Of BT and AT, by what they read and write."""
+    g, (time, down), (high, wide) = s.geometry, s.tile, s.points
+    c, k = g.in_channels // g.groups, g.out_channels // g.groups
+    values = 2 * c * time * wide if down > 1 else 0
+    values += 2 * c * high * wide if time > 1 else 0
+    values += k * (high * wide + time * down)
+    values += 2 * k * high * down if time > 1 and down > 1 else 0
+    return 1.5 * s.groups * values * vectors
 
 
 def _lines(share: int, channels: int) -> float:
-    """Cache lines of a pixel that an item reads or writes, one more where it shares one."""
-    return share / launch.LINE + (share < channels and share % launch.LINE > 0)
+    """Cache lines of a pixel that an item reads or writes, one more where it shares one, and half
+    of one where pixels do not follow each other.
+    """
+    apart = 0.5 + (share % launch.LINE > 0) if share < channels else 0.0
+    return share / launch.LINE + apart
 
 
 def pack(weights: np.ndarray, s: Strips) -> np.ndarray:
-    """w (K, C / G, *kernel) -> (G, blocks, KT * KH, C / G, KW, channels of a register block)."""
+    """w (K, C / G, *kernel), with points for taps where there are tiles -> (G, blocks, T and H and
+    W / together, C / G, together, channels of a register block)."""
     g, channels = s.geometry, s.channels
     k = g.out_channels // g.groups
     blocks = -(-k // channels)
-    rows, columns = g.taps // g.kernel[-1], g.kernel[-1]
+    columns = _together(g)
+    rows = weights[0, 0].size // columns
     packed = launch.aligned(g.groups, blocks, rows, g.in_channels // g.groups, columns, channels)
-    # (G, K / G, C / G, KT * KH, KW) -> (G, KT * KH, C / G, KW, K / G)
+    # (G, K / G, C / G, rows, columns) -> (G, rows, C / G, columns, K / G)
     w = np.asarray(weights).reshape(g.groups, k, -1, rows, columns).transpose(0, 3, 2, 4, 1)
     for block in range(blocks):
         part = w[..., block * channels : (block + 1) * channels]

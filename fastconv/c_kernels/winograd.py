@@ -18,7 +18,7 @@ from ..errors import UnsupportedError
 from ..geometry import Geometry
 from ..plan import Plan
 from ..transforms import apply_along, transform
-from . import launch
+from . import launch, winograd_lanes
 from .winograd_schedule import Schedule
 
 CONFIGS: tuple[dict[str, int], ...] = (
@@ -35,8 +35,8 @@ MOST_OUTPUTS, MOST_TAPS = 6, 7
 
 def supports(geometry: Geometry, dtype: str, epilogue: Epilogue) -> str | None:
     """None, or the reason against."""
-    if geometry.groups != 1:
-        return f"winograd is for one group, not {geometry.groups}"
+    if geometry.groups > 1 and (reason := winograd_lanes.refuses_geometry(geometry)):
+        return reason
     if any(d != 1 for d in geometry.dilation):
         return f"winograd is for dilation 1, not {geometry.dilation}"
     taps = _taps(geometry)
@@ -57,6 +57,8 @@ def _taps(geometry: Geometry) -> list[int]:
 
 def refuses(plan: Plan) -> str | None:
     """None, or the reason against the transforms of a plan: they are compiled beforehand."""
+    if plan.geometry.groups > 1 and (reason := winograd_lanes.refuses(plan)):
+        return reason
     for t in plan.transforms:
         if t.r == 1:
             continue
@@ -79,12 +81,15 @@ def _sizes(plan: Plan, lanes: int) -> tuple[int, int]:
 
 def workspace_size(plan: Plan) -> int:
     """Elements of plan.dtype that `run` needs as scratch, with as many threads as now at most."""
+    if plan.geometry.groups > 1:
+        return winograd_lanes.workspace_size(plan)
     return launch.workspace_elements(plan, *_sizes(plan, launch.lanes()))
 
 
 def prepack(weights: np.ndarray, plan: Plan) -> launch.Packed:
     """U = G g along every axis, computed in float64 and rounded once: (panels, points,
-    phases * channels, width), or with points first if phased.
+    phases * channels, width), or with points first if phased; for several groups as in
+    `winograd_lanes`.
 
     Raises UnsupportedError for transforms that are not compiled: other than the default points, or
     more outputs or taps than the largest.
@@ -92,6 +97,8 @@ def prepack(weights: np.ndarray, plan: Plan) -> launch.Packed:
     reason = refuses(plan)
     if reason is not None:
         raise UnsupportedError(f"winograd on the C backend: {reason}")
+    if plan.geometry.groups > 1:
+        return winograd_lanes.prepack(weights, plan)
     schedule = Schedule(plan, launch.lanes())
     w = np.reshape(weights, schedule.geometry.lifted().w_shape)
     # A product more behind the last: products ask for what follows the one they use.
@@ -129,6 +136,6 @@ def run(plan, x, packed, bias, residual, y, workspace) -> None:
     residual (N, K, *out_size) or None, y (N, K, *out_size) written; memory as plan.layout says.
     plan.transforms has one F(m, ceil(kernel / stride)) per axis.
 
-    Equivalent to `F.conv3d(x, w, bias, stride, padding)`.
+    Equivalent to `F.conv3d(x, w, bias, stride, padding, groups=groups)`.
     """
     packed.run(x, bias, residual, y, workspace)

@@ -16,7 +16,12 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from fastconv.errors import UnsupportedError
+
 from . import conv
+
+# Of layers over images and lines, which PyTorch refuses clips for without a word of where.
+AXES: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2}
 
 
 def trace_clip(model: nn.Module, clip: Tensor) -> fx.Graph:
@@ -94,6 +99,7 @@ class _Recorder(TorchFunctionMode):
         self._stack.append(name)
         if is_leaf(module):
             self._inside += 1
+            _check_axes(name, module, args)
 
     def _leave(self, name: str, module: nn.Module, args: Any, kwargs: Any, y: Any) -> None:
         self._stack.pop()
@@ -130,6 +136,16 @@ class _Recorder(TorchFunctionMode):
             node = self.graph.create_node("get_attr", self._names.get(id(value), "constant"))
             self._made(node, value)
         return node
+
+
+def _check_axes(name: str, module: nn.Module, args: Any) -> None:
+    """Whether a layer over images is given clips."""
+    axes = AXES.get(type(module))
+    if axes and args and isinstance(args[0], Tensor) and args[0].dim() > axes + 2:
+        raise UnsupportedError(
+            f"to_continual: {name or 'the model'} ({type(module).__name__}) takes {axes + 2} axes, "
+            f"(N, C, *size), and is given {args[0].dim()}: it is for images, which have no frames"
+        )
 
 
 def _tensors(value: Any) -> bool:

@@ -15,9 +15,10 @@ from fastconv.plan import CHANNELS_LAST, Plan, Request
 Module = TypeVar("Module", bound="_Conv")
 MAX_SHAPES = 256  # input shapes remembered per module
 # What a plan depends on besides the arrays.
-_OPTIONS = {"stride", "padding", "dilation", "groups", "channels_last"} | {
-    "algorithm", "backend", "tolerance", "max_workspace_bytes",
-}  # fmt: skip
+_OPTIONS = (
+    *("stride", "padding", "dilation", "groups", "channels_last"),
+    *("algorithm", "backend", "tolerance", "max_workspace_bytes"),
+)
 
 
 class _Conv(nn.modules.conv._ConvNd):
@@ -140,12 +141,13 @@ class _Conv(nn.modules.conv._ConvNd):
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         zeros = self.padding_mode == "zeros"
-        if zeros and input.dim() == weight.dim() and torch_ops.is_plain(input, weight, bias):
+        if zeros and torch_ops.is_plain(input, weight, bias) and input.dim() == weight.dim():
             held = self._held
             if held is None or not held.are_of(weight):
                 held = self._held = torch_ops.held_weights(weight)
             runner = self._runner_for(input, weight.shape, bias is not None)
             return runner(input, held.form(runner, weight), bias)
+        ops.check_dense(f"conv{len(self.kernel_size)}d", weight=weight, input=input)
         device = input.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
             # Which precision a convolution gets there is PyTorch's to decide.

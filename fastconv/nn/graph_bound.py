@@ -319,7 +319,7 @@ class Bound:
             scale = shift = residual = 0
             if work.packed is not None:
                 scale, shift = (t.data_ptr() for t in work.packed)
-            if step.scale is not None:
+            elif step.scale is not None:
                 scale = self._read(step.scale)
             if step.residual is not None:
                 residual = self._read(step.residual)
@@ -491,11 +491,9 @@ def _on_gpu(work: Work) -> Callable[..., Tensor]:
     scaled, added, act = step.scale is not None, step.residual is not None, step.activation
 
     def blend(x: Tensor, *rest: Tensor) -> Tensor:
-        more, scale = list(rest), factor
+        more = list(rest)
         x = torch_ops.dense(x, CHANNELS_LAST)
-        if scaled:
-            scale = more.pop(0).reshape(x.shape[0], x.shape[1])
-            scale = scale if factor is None else scale * factor
+        scale = more.pop(0).reshape(x.shape[:2]) if scaled else factor
         residual = torch_ops.dense(more.pop(0), CHANNELS_LAST) if added else None
         y = torch.empty_like(x)
         elementwise.blend(x, y, scale, shift, residual, act)

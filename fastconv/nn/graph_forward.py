@@ -9,27 +9,32 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from fastconv import torch_ops
 
+from .conv import Conv1d, Conv2d, Conv3d
 from .graph import UntraceableError, hooked, record
 from .graph_program import Options, Program
 from .graph_steps import DTYPES
 
 MAX_PROGRAMS = 16  # input shapes with memory and packed weights of their own; others run modules
 _TRAINING, _VERSION = attrgetter("training"), attrgetter("_version")
-Key = tuple[tuple[torch.Size, torch.dtype, torch.device, str], ...]
+_BOTH = itemgetter(0, 1)
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # NaN equals NaN
+Key = tuple[TreeSpec | None, tuple[tuple[torch.Size, torch.dtype, torch.device, str], ...]]
 
 
 class Forward:
-    """Calls a module: tensors of known shapes, without a gradient, through a program.
+    """Calls a module: tensors of known shapes, without a gradient, through a program. They may lie
+    in lists, tuples and dictionaries, which a program does not write.
 
     The modules run one by one, as PyTorch would run them, in training mode, where a gradient may be
     asked for, under autocast, compiling and tracing, for other arguments than tensors of one device
@@ -70,12 +75,13 @@ class Forward:
         return type(self.module).forward.__code__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        program = self._program(args) if not kwargs and _can_run(args) else None
+        tensors, form = tensors_of(args)
+        program = self._program(tensors, form) if not kwargs and _can_run(tensors) else None
         if program is None:
             return self.modules(*args, **kwargs)
-        return program(args)
+        return program(tensors)
 
-    def _program(self, args: Sequence[Tensor]) -> Program | None:
+    def _program(self, args: Sequence[Tensor], form: TreeSpec | None) -> Program | None:
         """The program for such arguments, or None where the modules have to run."""
         if self.refused:
             return None
@@ -84,10 +90,10 @@ class Forward:
             return None
         if torch.is_grad_enabled() and self._may_need_gradient(args):
             return None
-        key = _key(args)
+        key = _key(args, form)
         program = self._programs.get(key)
         if program is None or self._state is None or not self._state.holds():
-            return self._made(key, args)
+            return self._made(key, args, form)
         return program
 
     def _watch(self) -> _Watched:
@@ -101,7 +107,7 @@ class Forward:
     def _may_need_gradient(self, args: Sequence[Tensor]) -> bool:
         return any(x.requires_grad for x in (*args, *self.module.parameters()))
 
-    def _made(self, key: Key, args: Sequence[Tensor]) -> Program | None:
+    def _made(self, key: Key, args: Sequence[Tensor], form: TreeSpec | None) -> Program | None:
         with self._lock:
             if self._state is not None and not self._state.holds():
                 self._programs.clear()
@@ -110,7 +116,7 @@ class Forward:
             if program is not None or len(self._programs) >= MAX_PROGRAMS:
                 return program
             try:
-                recording = record(self.module, self.modules, args)
+                recording = record(self.module, self._of_tensors(form), args)
             except UntraceableError as error:
                 self.refused = str(error)
                 self._programs.clear()
@@ -126,13 +132,20 @@ class Forward:
             self._programs[key], self._state = program, state
             return program
 
+    def _of_tensors(self, form: TreeSpec | None) -> Callable[..., Any]:
+        """`modules` for the tensors of its arguments."""
+        if form is None:
+            return self.modules
+        return lambda *tensors: self.modules(*tree_unflatten(tensors, form))
+
     def _delegate(self, modules: list[nn.Module]) -> None:
         for module in modules:
             install(module, self.options, self.contiguous)
 
     def program_of(self, args: Sequence[Tensor]) -> Program | None:
         """The program that a call ran, if one did."""
-        return self._programs.get(_key([x for x in args if isinstance(x, Tensor)]))
+        tensors, form = tensors_of(args)
+        return self._programs.get(_key(tensors, form)) if _can_run(tensors) else None
 
     @property
     def programs(self) -> list[Program]:
@@ -140,9 +153,13 @@ class Forward:
         return list(self._programs.values())
 
     def forget_plans(self) -> None:
-        """Plan, and pack weights, anew in the next call."""
-        with self._lock:
-            self._programs.clear()
+        """Plan, and pack weights, anew in the next call, here and in the modules that stay."""
+        for forward in forwards(self.module):
+            with forward._lock:
+                forward._programs.clear()
+        for module in self.module.modules():
+            if isinstance(module, (Conv1d, Conv2d, Conv3d)):
+                module.forget_plans()
 
     def __getstate__(self) -> dict[str, Any]:
         skipped = ("_programs", "_lock", "_watched", "_state")
@@ -170,8 +187,17 @@ def forwards(model: nn.Module) -> list[Forward]:
     return [forward for forward in found if isinstance(forward, Forward)]
 
 
-def _key(args: Sequence[Tensor]) -> Key:
-    return tuple((x.shape, x.dtype, x.device, torch_ops.precision_of(x)) for x in args)
+def tensors_of(args: Sequence[Any]) -> tuple[Sequence[Any], TreeSpec | None]:
+    """Arguments, those within lists, tuples and dictionaries too, and how they lie there; None
+    where nothing lies in anything."""
+    if not any(isinstance(x, (list, tuple, dict)) for x in args):
+        return args, None
+    return tree_flatten(args)
+
+
+def _key(args: Sequence[Tensor], form: TreeSpec | None) -> Key:
+    tensors = ((x.shape, x.dtype, x.device, torch_ops.precision_of(x)) for x in args)
+    return form, tuple(tensors)
 
 
 def _can_run(args: Sequence[Any]) -> bool:
@@ -201,8 +227,8 @@ class _Watched:
 
 
 class _State:
-    """The modules of a module, and the tensors that its programs read: which, where, and how often
-    written."""
+    """The modules of a module, and the tensors that its programs read: which, where, how often
+    written, and two elements of each on a CPU, since writes through `.data` are not counted."""
 
     def __init__(self, module: nn.Module, sources: Sequence[Tensor]) -> None:
         used = set(map(id, sources))
@@ -216,10 +242,13 @@ class _State:
         self._children = [(children, list(children.values())) for children in families]
         # Inference tensors do not count their writes.
         self._countable = not any(t.is_inference() for t in self.tensors)
-        self._marks = self._now() if self._countable else ([], [])
+        seen = self.tensors if self._countable else []
+        self._samples = [part for t in seen for part in _first_and_last(t)]
+        self._marks = self._now() if self._countable else ([], [], [])
 
-    def _now(self) -> tuple[list[int], list[int]]:
-        return list(map(_VERSION, self.tensors)), list(map(Tensor.data_ptr, self.tensors))
+    def _now(self) -> tuple[list[int], list[int], list[tuple[int, int]]]:
+        pointers = list(map(Tensor.data_ptr, self.tensors))
+        return list(map(_VERSION, self.tensors)), pointers, list(map(_BOTH, self._samples))
 
     def holds(self) -> bool:
         """Whether nothing was replaced or written since."""
@@ -229,3 +258,13 @@ class _State:
             if table.get(name) is not tensor:
                 return False
         return all(list(children.values()) == kept for children, kept in self._children)
+
+
+def _first_and_last(tensor: Tensor) -> Iterator[memoryview]:
+    """A view of two elements in memory, as integers; none where the CPU sees none."""
+    integers = _INTEGERS.get(tensor.element_size())
+    dense = tensor.layout is torch.strided and not tensor.is_quantized
+    if tensor.is_cpu and dense and tensor.numel() and integers is not None:
+        reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        ends = tensor.detach().as_strided((2,), (reach,))
+        yield ends.view(integers).numpy().data

@@ -82,7 +82,7 @@ class Block:
 
 @dataclass(eq=False)
 class Blend:
-    """activation(norm(x * scale) + residual)."""
+    """activation(z + residual), z being norm(x), x * scale or x: never norm and scale together."""
 
     x: Value
     y: Value

@@ -15,7 +15,7 @@ from fastconv.autotune import tune_request
 from fastconv.errors import UnsupportedError
 
 from .conv import Conv1d, Conv2d, Conv3d
-from .graph_forward import Forward, forwards, install
+from .graph_forward import Forward, forwards, install, tensors_of
 from .graph_program import Options, Work
 from .graph_steps import Block, Conv, Other
 from .report import NETWORK_MARGIN, Replacement, Report, describe, distance
@@ -45,7 +45,8 @@ def accelerate(
 ) -> tuple[nn.Module, Report]:
     """A copy of an eval-mode model that runs on our kernels, and a report.
 
-    example_input  a tensor, or a tuple of positional arguments
+    example_input  a tensor, or a tuple of positional arguments; tensors may lie in lists, tuples
+                   and dictionaries
     algorithm, backend, tolerance, max_workspace_bytes: as for `fastconv.conv3d`, per layer
     tune           measure which plan is fastest for every layer, see `fastconv.tune`; seconds per
                    layer, but results are kept: what was measured before is not measured again
@@ -62,8 +63,10 @@ def accelerate(
     within the convolutions. In training mode, or where a gradient may be asked for, its modules run
     one by one, with our convolutions in the place of PyTorch's. A module that cannot be recorded
     (its control flow looks at numbers, it writes its buffers or inputs, it has hooks) stays as it
-    is, and its children are recorded instead. A parameter that is written or replaced is seen; a
-    write through `.data` is not, for which `accelerated.forward.forget_plans()` is.
+    is, and its children are recorded instead. A parameter that is written or replaced is seen. Of
+    writes that PyTorch does not count, through `.data` or an array, those are seen that change the
+    first or the last element of a tensor on a CPU; for others `accelerated.forward.forget_plans()`
+    is there.
 
     Raises UnsupportedError for a model in training mode, and if the error of the outputs on the
     example input is beyond `Report.allowed`.
@@ -72,18 +75,18 @@ def accelerate(
         raise UnsupportedError("accelerate: the model is in training mode; call model.eval() first")
     args = example_input if isinstance(example_input, tuple) else (example_input,)
     options = Options(algorithm, backend, float(tolerance), max_workspace_bytes, fold)
-    layers = trace(model, *args)
+    layers = trace(model, *_fresh(args))
     with torch.inference_mode():
         try:
             new, last = _rewritten(model, options, channels_last=True), True
-            got = _leaves(new(*args))
+            got = _output(new, args)
         except RuntimeError:
             # A `view` that needs contiguous activations; any other error comes again here.
             new, last = _rewritten(model, options, channels_last=False), False
-            got = _leaves(new(*args))
+            got = _output(new, args)
         if tune and _tune(new):
-            got = _leaves(new(*args))
-        want = _leaves(model(*args))
+            got = _output(new, args)
+        want = _output(model, args)
         exact = _in_float64(model, args) if check else want
         mirrored = _mirrored(model, new, args) if check else 0.0
     rows = _Rows(new, args, times).of(layers)
@@ -91,7 +94,8 @@ def accelerate(
     errors = distance(got, exact), distance(want, exact)
     roundoff = max((torch.finfo(t.dtype).eps for t in want if t.is_floating_point()), default=0.0)
     traced, stays, others = _left(new, args)
-    report = Report(rows, max(factor, 1.0), *errors, roundoff, last, traced, stays, others)
+    numbers = min((t.numel() for t in want if t.is_floating_point()), default=0)
+    report = Report(rows, max(factor, 1.0), *errors, numbers, roundoff, last, traced, stays, others)
     if check:
         _refuse_beyond(report, mirrored)
     return new, report
@@ -121,7 +125,7 @@ def _mirrored(model: nn.Module, new: nn.Module, args: tuple[Any, ...]) -> float:
         return value.flip(-1) if floating else value
 
     other = tree_map(mirror, args)
-    return distance(_leaves(new(*other)), _leaves(model(*other)))
+    return distance(_output(new, other), _output(model, other))
 
 
 def _tune(model: nn.Module) -> bool:
@@ -138,6 +142,16 @@ def _tune(model: nn.Module) -> bool:
     for planned in (*modules, *recorded) if new else ():
         planned.forget_plans()
     return bool(new)
+
+
+def _fresh(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments in lists and dictionaries of their own: models write those they are given."""
+    fresh: tuple[Any, ...] = tree_map(lambda leaf: leaf, args)
+    return fresh
+
+
+def _output(model: nn.Module, args: tuple[Any, ...]) -> list[Tensor]:
+    return _leaves(model(*_fresh(args)))
 
 
 def _leaves(output: Any) -> list[Tensor]:
@@ -207,7 +221,9 @@ class _Rows:
             for program in forward.programs:
                 # Only the model's own example is at hand.
                 timed = times and forward.module is model and program is forward.program_of(args)
-                measured = program.times(args) if timed else [None] * len(program.works)
+                measured = (
+                    program.times(tensors_of(args)[0]) if timed else [None] * len(program.works)
+                )
                 for work, ms in zip(program.works, measured, strict=True):
                     self._note(work, prefix, ms)
 

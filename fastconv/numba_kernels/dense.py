@@ -20,6 +20,7 @@ from .emit import LINE_BYTES
 from .finish import activation_number
 from .gemm import block_rows, pack_panels, panel_vectors
 from .layout import Views
+from .runs import run_lengths
 from .simd import Kernel, address, kernel, parallel_for, threads, vector_width
 
 BLOCK_PIXELS = 112  # of an address table: the weights pass through L2 once per block
@@ -105,7 +106,7 @@ def _prepared(plan: Plan, workers: int) -> tuple[Kernel, tuple[int, ...], int]:
         *g.in_size, g.in_channels, pixels, *g.out_size, g.out_channels,
         g.in_channels // g.groups, group, *g.kernel, *g.stride,
         *(before for before, _ in g.padding), *g.dilation, size, blocks, share, per_group, panels,
-        ahead_step,
+        ahead_step, *run_lengths(g.in_channels // g.groups),
     )  # fmt: skip
     last_vectors = -(-(group - (per_group - 1) * width) // vector_width(plan.dtype))
     short = vectors - 1 if last_vectors < vectors else 0

@@ -7,20 +7,22 @@ from numba import njit
 from ..epilogue import ACTIVATIONS
 from .finish import bias_vectors, write_rows
 from .memory import clear, int_at, poke
+from .runs import Runs
 from .simd import Code, Int, Vec, block, fma, peek
 
 
 @block
 def dense_tile(
     code: Code, dtype: str, rows: int, vectors: int, width: int,
-    table: Int, table_stride: Int, taps: Int, shift: Int, depth: Int, panel: Int,
-    ahead: Int, ahead_step: Int, sums: Int,
+    table: Int, table_stride: Int, taps: Int, run_taps: Int, shift: Int, depth: Int,
+    run_depth: Int, panel: Int, ahead: Int, ahead_step: Int, sums: Int,
     count: Int, y: Int, y_stride: Int, columns: Int, bias: Int, residual: Int, activation: Int,
 ) -> None:  # fmt: skip
     """y (count, columns) = activation(inputs under the table @ panel + bias + residual).
 
     table (taps, table_stride) int64: addresses of inputs, `rows` valid per tap
     shift: elements from there to the group's first channel;  depth: channels per group
+    run_taps, run_depth: of a run, see `runs`; run_taps is 1 where run_depth is less than depth
     panel (taps * depth, width), of which the first `vectors` are used
     ahead, ahead_step: memory to ask for meanwhile, elements from channel to channel
     sums (rows, vectors * lanes): scratch
@@ -31,9 +33,13 @@ def dense_tile(
         for j in range(vectors):
             code.prefetch(y, i * y_stride + j * lanes, write=True)
     first = bias_vectors(code, vectors, bias, columns, panel)
+    places = [(sums, n * lanes) for n in range(rows * vectors)]
+    several = code.builder.or_(run_taps < taps, run_depth < depth)
+    runs = Runs(code, places, several)
     totals = _product(
-        code, rows, first, width, table, table_stride, taps, shift, depth, panel, ahead, ahead_step
-    )
+        code, rows, first, width, table, table_stride, taps, run_taps, shift, depth, run_depth,
+        panel, ahead, ahead_step, runs,
+    )  # fmt: skip
 
     # No activation and relu end in registers: a lower bound, -Inf or 0, that NaN passes.
     simple = code.both(count >= rows, activation <= ACTIVATIONS.index("relu"))
@@ -67,28 +73,39 @@ def dense_tile(
 
 def _product(
     code: Code, rows: int, first: list[Vec], width: int, table: Int, table_stride: Int, taps: Int,
-    shift: Int, depth: Int, panel: Int, ahead: Int, ahead_step: Int,
+    run_taps: Int, shift: Int, depth: Int, run_depth: Int, panel: Int, ahead: Int, ahead_step: Int,
+    runs: Runs,
 ) -> list[Vec]:  # fmt: skip
     """`first` in every row, plus the sums over taps and channels, row by row."""
     vectors = len(first)
 
-    def tap(t: Int, sums: list[Vec]) -> list[Vec]:
-        entries = table + t * table_stride * 8
-        inputs = [int_at(code, entries, i) + shift * code.item for i in range(rows)]
-        under = panel + t * depth * (width * code.item)
+    def some_taps(first_tap: Int, sums: list[Vec]) -> list[Vec]:
+        def run(first_channel: Int, sums: list[Vec]) -> list[Vec]:
+            def tap(n: Int, sums: list[Vec]) -> list[Vec]:
+                t = first_tap + n
+                entries = table + t * table_stride * 8
+                moved = (shift + first_channel) * code.item
+                inputs = [int_at(code, entries, i) + moved for i in range(rows)]
+                under = panel + (t * depth + first_channel) * (width * code.item)
 
-        def channel(c: Int, sums: list[Vec]) -> list[Vec]:
-            code.prefetch(ahead, c * ahead_step)
-            w = [code.load(under, c * width + j * code.lanes) for j in range(vectors)]
-            following = []
-            for i in range(rows):
-                value = code.broadcast(inputs[i], c)
-                following += [fma(value, w[j], sums[i * vectors + j]) for j in range(vectors)]
-            return following
+                def channel(c: Int, sums: list[Vec]) -> list[Vec]:
+                    code.prefetch(ahead, (first_channel + c) * ahead_step)
+                    w = [code.load(under, c * width + j * code.lanes) for j in range(vectors)]
+                    following = []
+                    for i in range(rows):
+                        x = code.broadcast(inputs[i], c)
+                        following += [fma(x, w[j], sums[i * vectors + j]) for j in range(vectors)]
+                    return following
 
-        return code.loop(depth, channel, sums)
+                return code.loop((depth - first_channel).minimum(run_depth), channel, sums)
 
-    return code.loop(taps, tap, first * rows)
+            is_first = code.both(first_tap.is_(0), first_channel.is_(0))
+            count = (taps - first_tap).minimum(run_taps)
+            return code.loop(count, tap, runs.start(is_first, sums))
+
+        return code.loop(depth, run, sums, step=run_depth)
+
+    return runs.total(code.loop(taps, some_taps, first * rows, step=run_taps))
 
 
 # What `dense._prepared` puts where: addresses of the call, then what is known before it.
@@ -96,8 +113,8 @@ def _product(
     X, Y, BIAS, RESIDUAL, SCRATCH, PANELS, ACTIVATION, THREAD_STEP, TABLE, SUMS,
     T, H, W, C, PIXELS, OT, OH, OW, K, DEPTH, GROUP, KT, KH, KW, ST, SH, SW,
     PAD_T, PAD_H, PAD_W, DT, DH, DW, SIZE, BLOCKS, SHARE, PANELS_PER_GROUP, PANEL_COUNT,
-    AHEAD_STEP,
-) = range(39)  # fmt: skip
+    AHEAD_STEP, RUN_TAPS, RUN_DEPTH,
+) = range(41)  # fmt: skip
 
 
 @njit(error_model="numpy")
@@ -145,6 +162,7 @@ def dense_kernel(DTYPE, ITEM, ROWS, VECTORS, SHORT, WIDTH):
         size, blocks, share = peek(params, SIZE), peek(params, BLOCKS), peek(params, SHARE)
         taps = peek(params, KT) * peek(params, KH) * peek(params, KW)
         depth, k, group = peek(params, DEPTH), peek(params, K), peek(params, GROUP)
+        run_taps, run_depth = peek(params, RUN_TAPS), peek(params, RUN_DEPTH)
         x, bias, residual = peek(params, X), peek(params, BIAS), peek(params, RESIDUAL)
 
         clear(DTYPE, zeros, peek(params, C))
@@ -171,15 +189,15 @@ def dense_kernel(DTYPE, ITEM, ROWS, VECTORS, SHORT, WIDTH):
                 shift, added = bias + channel * ITEM * (bias != 0), residual + at * (residual != 0)
                 if SHORT and short:
                     dense_tile(
-                        DTYPE, ROWS, SHORT, WIDTH, entries, size, taps, source, depth, weights,
-                        ahead, peek(params, AHEAD_STEP), sums, last - first - p, y, k, columns,
-                        shift, added, peek(params, ACTIVATION),
+                        DTYPE, ROWS, SHORT, WIDTH, entries, size, taps, run_taps, source, depth,
+                        run_depth, weights, ahead, peek(params, AHEAD_STEP), sums,
+                        last - first - p, y, k, columns, shift, added, peek(params, ACTIVATION),
                     )  # fmt: skip
                 else:
                     dense_tile(
-                        DTYPE, ROWS, VECTORS, WIDTH, entries, size, taps, source, depth, weights,
-                        ahead, peek(params, AHEAD_STEP), sums, last - first - p, y, k, columns,
-                        shift, added, peek(params, ACTIVATION),
+                        DTYPE, ROWS, VECTORS, WIDTH, entries, size, taps, run_taps, source, depth,
+                        run_depth, weights, ahead, peek(params, AHEAD_STEP), sums,
+                        last - first - p, y, k, columns, shift, added, peek(params, ACTIVATION),
                     )  # fmt: skip
 
     return kernel

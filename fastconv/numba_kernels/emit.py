@@ -315,11 +315,11 @@ class Code:
         stop: Index,
         body: Callable[[Int, list[Vec]], Sequence[Vec] | None],
         carry: Sequence[Vec] = (),
-        step: Count = 1,
+        step: Index = 1,
     ) -> list[Vec]:
         """`for i in range(0, stop, step): carry = body(i, carry)`; returns the last carry."""
         b = self.builder
-        stop = self.int(stop)
+        stop, step = self.int(stop), self.int(step)
         before = b.block
         head, inside, done = (b.append_basic_block(f"loop.{n}") for n in ("head", "body", "done"))
         b.branch(head)
@@ -331,7 +331,7 @@ class Code:
         after = list(body(Int(b, index), [Vec(b, p) for p in phis]) or ())
         if len(after) != len(phis):
             raise ValueError(f"loop: body must return {len(phis)} vectors, got {len(after)}")
-        following = b.add(index, I64(step))
+        following = b.add(index, step.value)
         index.add_incoming(I64(0), before)
         index.add_incoming(following, b.block)
         for phi, first, last in zip(phis, carry, after, strict=True):

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..epilogue import Epilogue
 from .activations import activate
+from .runs import RUN, Runs
 from .simd import LINE_BYTES, Code, Int, Vec, block, fma, register_count, vector_width
 
 # Rows of the register block by registers and vectors per panel: accumulators, a row of B, one
@@ -165,19 +166,25 @@ def _product(
 ) -> list[Vec]:  # fmt: skip
     """The rows * vectors sums over depth, row by row; the panel at `ahead` comes into the cache."""
     width = vectors * code.lanes
+    memory = code.scratch(rows * vectors)
+    runs = Runs(code, [(memory, n * code.lanes) for n in range(rows * vectors)], depth > RUN)
 
-    def step(k: Int, sums: list[Vec]) -> list[Vec]:
-        if ahead is not None:
-            for line in range(0, width, LINE_BYTES // code.item):
-                code.prefetch(ahead, k * width + line, level=2)
-        panel = [code.load(b, k * width + j * code.lanes) for j in range(vectors)]
-        following = []
-        for i in range(rows):
-            value = code.broadcast(a, a_stride * i + k)
-            following += [fma(value, panel[j], sums[i * vectors + j]) for j in range(vectors)]
-        return following
+    def run(start: Int, sums: list[Vec]) -> list[Vec]:
+        def step(n: Int, sums: list[Vec]) -> list[Vec]:
+            k = start + n
+            if ahead is not None:
+                for line in range(0, width, LINE_BYTES // code.item):
+                    code.prefetch(ahead, k * width + line, level=2)
+            panel = [code.load(b, k * width + j * code.lanes) for j in range(vectors)]
+            following = []
+            for i in range(rows):
+                value = code.broadcast(a, a_stride * i + k)
+                following += [fma(value, panel[j], sums[i * vectors + j]) for j in range(vectors)]
+            return following
 
-    return code.loop(depth, step, [code.zero()] * (rows * vectors))
+        return code.loop((depth - start).minimum(RUN), step, runs.start(start.is_(0), sums))
+
+    return runs.total(code.loop(depth, run, [code.zero()] * (rows * vectors), step=RUN))
 
 
 def activated(total: Vec, words: list[str]) -> Vec:

@@ -13,6 +13,7 @@ from .emit import LINE_BYTES
 from .finish import finish_rows
 from .layout import transpose_tile
 from .memory import clear, int_at, poke
+from .runs import Runs
 from .simd import Code, Int, Vec, block, call, fma, peek
 
 
@@ -24,6 +25,7 @@ def pixels_product(
     vectors: int,
     table: Int,
     taps: Int,
+    run_taps: Int,
     depth: Int,
     source: Int,
     source_stride: Int,
@@ -37,7 +39,12 @@ def pixels_product(
     table (taps, 2) int64: offset into a channel of source, offset into the weights
     source (depth, source_stride);  bias (channels,)
     weights (depth, channels) at each tap's offset
+    run_taps: of a run, see `runs`
     """
+    places = [
+        (sums, k * sums_stride + j * code.lanes) for k in range(channels) for j in range(vectors)
+    ]
+    runs = Runs(code, places, run_taps < taps)
 
     def tap(t: Int, totals: list[Vec]) -> list[Vec]:
         pixels = source + int_at(code, table, 2 * t) * code.item
@@ -54,11 +61,15 @@ def pixels_product(
 
         return code.loop(depth, channel, totals)
 
+    def run(start: Int, totals: list[Vec]) -> list[Vec]:
+        some = (taps - start).minimum(run_taps)
+        totals = runs.start(start.is_(0), totals)
+        return code.loop(some, lambda n, totals: tap(start + n, totals), totals)
+
     first = [code.broadcast(bias, k) for k in range(channels) for _ in range(vectors)]
-    totals = code.loop(taps, tap, first)
-    for k in range(channels):
-        for j in range(vectors):
-            code.store(totals[k * vectors + j], sums, k * sums_stride + j * code.lanes)
+    totals = runs.total(code.loop(taps, run, first, step=run_taps))
+    for total, place in zip(totals, places, strict=True):
+        code.store(total, *place)
 
 
 @block
@@ -97,8 +108,8 @@ def expect_pixels(
     X, Y, RESIDUAL, SCRATCH, BIAS, WEIGHTS, ACTIVATION, THREAD_STEP, SUMS, TILE, TABLE,
     T, H, W, C, OT, OH, OW, K, ST, SH, SW, PAD_T, PAD_H, PAD_W, KT, DT, GROUPS,
     SOME, HIGH, WIDE, LENGTH, FRAME, SLOTS, STRIDE, SUMS_STRIDE, ROW_PHASES, COLUMN_PHASES,
-    RESIDUES, OFFSETS, AREA, SPAN_H, PACK, MULTIPLY, UNPACK,
-) = range(45)  # fmt: skip
+    RESIDUES, OFFSETS, AREA, SPAN_H, RUN_TAPS, PACK, MULTIPLY, UNPACK,
+) = range(46)  # fmt: skip
 
 
 @njit(error_model="numpy")
@@ -213,7 +224,7 @@ def multiply_kernel(DTYPE, ITEM, LANES, CHANNELS, VECTORS):
                     )  # fmt: skip
                     step += 1
                     pixels_product(
-                        DTYPE, CHANNELS, VECTORS, table, taps, depth,
+                        DTYPE, CHANNELS, VECTORS, table, taps, peek(params, RUN_TAPS), depth,
                         ring + (g * depth * stride + p) * ITEM, stride,
                         peek(params, WEIGHTS) + under * kt * area * depth * CHANNELS * ITEM,
                         peek(params, BIAS) + under * CHANNELS * ITEM,

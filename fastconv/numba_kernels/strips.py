@@ -21,6 +21,7 @@ from ..plan import Plan
 from .emit import LINE_BYTES
 from .finish import activation_number
 from .layout import Views
+from .runs import run_lengths
 from .simd import (
     Kernel,
     address,
@@ -219,6 +220,7 @@ def _prepared(plan: Plan, workers: int) -> _Prepared:
         s.groups, s.rows, s.columns, s.row_length, s.frame, s.ring,
         s.channel_stride, s.sum_stride, len(s.phases[0]), len(s.phases[1]),
         address(residues), address(offsets), prod(g.kernel[1:]), g.span[1],
+        run_lengths(g.in_channels // g.groups)[0],
         *(stage.address for stage in stages),
     )  # fmt: skip
     cuts = -(-g.groups // s.groups) * -(-g.out_size[1] // s.rows) * -(-g.out_size[2] // s.columns)

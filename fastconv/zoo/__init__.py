@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .table import ALL, Network
+from .table import ALL, CONTINUAL, Network
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["NETWORKS", "Network", "build"]
+__all__ = ["CONTINUAL", "NETWORKS", "Network", "build"]
 
 NETWORKS: dict[str, Network] = {network.name: network for network in ALL}
 

@@ -31,6 +31,8 @@ V2 = (
     (6, 320, 1, 1),
 )
 V2_LAST = 1280
+# Makes a block of c_in, c_out, expansion, stride and the number of axes.
+Block = Callable[[int, int, int, int, int], nn.Module]
 # Variance gains: no ReLU follows a projection, and those with a shortcut add up; a depthwise
 # convolution of one frame has two thirds of its taps on padding.
 GAINS = {"depthwise": 4.0, "last": 0.7, "classifier": 1.0}
@@ -47,13 +49,18 @@ def mobilenet3d_v2(*, width: float = 1.0, num_classes: int = 600, seed: int = 0)
     def scaled(channels: int) -> int:
         return int(channels * width)
 
-    return seeded(lambda: Network(*_v2(scaled, num_classes, 3)), seed, by_part(GAINS))
+    return seeded(lambda: Network(*_v2(scaled, num_classes, 3, Inverted)), seed, by_part(GAINS))
 
 
 def mobilenet_v2(*, width: float = 1.0, num_classes: int = 1000, seed: int = 0) -> Network:
     """The 2D MobileNetV2, for images of 224 x 224."""
+    return seeded(lambda: images(width, num_classes), seed, by_part(GAINS))
+
+
+def images(width: float, num_classes: int, block: Block | None = None) -> Network:
+    """The 2D MobileNetV2 with its own weights not drawn, around other blocks where given."""
     rounded = partial(_multiple_of_8, width=width)
-    return seeded(lambda: Network(*_v2(rounded, num_classes, 2)), seed, by_part(GAINS))
+    return Network(*_v2(rounded, num_classes, 2, block or Inverted))
 
 
 def _multiple_of_8(channels: int, width: float) -> int:
@@ -84,13 +91,15 @@ def _separable(c_in: int, c_out: int, stride: Size) -> nn.Sequential:
     )
 
 
-def _v2(scaled: Callable[[int], int], num_classes: int, dims: int) -> tuple[nn.Module, nn.Module]:
+def _v2(
+    scaled: Callable[[int], int], num_classes: int, dims: int, block: Block
+) -> tuple[nn.Module, nn.Module]:
     channels = scaled(STEM)
     blocks: list[nn.Module] = []
     stem = conv_bn(3, channels, 3, (1, 2, 2) if dims == 3 else 2, act=relu6, dims=dims)
     for expansion, full, count, first in V2:
         for i in range(count):
-            blocks.append(Inverted(channels, scaled(full), expansion, 1 if i else first, dims))
+            blocks.append(block(channels, scaled(full), expansion, 1 if i else first, dims))
             channels = scaled(full)
     last = max(V2_LAST, scaled(V2_LAST))
     features = conv_bn(channels, last, act=relu6, dims=dims)
@@ -103,16 +112,20 @@ class Inverted(nn.Module):
 
     x: (N, c_in, *size)
     returns (N, c_out, *ceil(size / stride)); nothing is added where the shape changes
+
+    groups: of the pointwise convolutions
     """
 
-    def __init__(self, c_in: int, c_out: int, expansion: int, stride: int, dims: int) -> None:
+    def __init__(
+        self, c_in: int, c_out: int, expansion: int, stride: int, dims: int, groups: int = 1
+    ) -> None:
         super().__init__()
         inner = expansion * c_in
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         if expansion != 1:
-            layers["expand"] = conv_bn(c_in, inner, act=relu6, dims=dims)
+            layers["expand"] = conv_bn(c_in, inner, groups=groups, act=relu6, dims=dims)
         layers["depthwise"] = conv_bn(inner, inner, 3, stride, groups=inner, act=relu6, dims=dims)
-        layers["last"] = conv_bn(inner, c_out, dims=dims)
+        layers["last"] = conv_bn(inner, c_out, groups=groups, dims=dims)
         self.branch = nn.Sequential(layers)
         self.adds = stride == 1 and c_in == c_out
 

@@ -1,4 +1,4 @@
-"""3D ResNet-18, 50, 101 and ResNeXt-101, and the 2D ResNet-18 and 50, in plain PyTorch, seeded.
+"""3D ResNet-18, 50, 101, ResNeXt-101, and the 2D ResNet-18, 50, ResNeXt-26, plain PyTorch, seeded.
 
 Source: Kopuklu et al., Resource Efficient 3D Convolutional Neural Networks, ICCVW 2019, and its
 published code, after Hara et al., Can Spatiotemporal 3D CNNs Retrace the History of 2D CNNs and
@@ -31,6 +31,7 @@ STEM = 64
 DEPTHS = {18: ((2, 2, 2, 2), 1), 50: ((3, 4, 6, 3), 4), 101: ((3, 4, 23, 3), 4)}
 INNER = (64, 128, 256, 512)
 CARDINALITY, RESNEXT_INNER, RESNEXT_EXPANSION = 32, (128, 256, 512, 1024), 2
+CARDINALITY_26, RESNEXT_26_EXPANSION = 8, 0.5  # 8 groups of 16 channels in the first stage
 GAINS = {"last": 0.25, "shortcut": 1.0, "classifier": 1.0}
 
 
@@ -67,6 +68,17 @@ def resnet50(*, num_classes: int = 1000, seed: int = 0) -> Network:
     return _resnet(50, "B", num_classes, seed, 2)
 
 
+def resnext26(*, num_classes: int = 1000, seed: int = 0) -> Network:
+    """The 2D ResNeXt-26 (8x16d), for images of 224 x 224.
+
+    Chen et al., Multi-Fiber Networks for Video Recognition, ECCV 2018, compares with it, and prints
+    its size and operations but no layers. Both are those of ResNet-18's stages and widths with
+    bottlenecks that are twice as wide inside, 128 channels in 8 groups and so on.
+    """
+    sizes = (DEPTHS[18][0], RESNEXT_INNER, RESNEXT_26_EXPANSION, CARDINALITY_26)
+    return seeded(lambda: _network(*sizes, "B", num_classes, 2), seed, by_part(GAINS))
+
+
 def _resnet(depth: int, shortcut: str, num_classes: int, seed: int, dims: int) -> Network:
     _check(shortcut)
     blocks, expansion = DEPTHS[depth]
@@ -82,7 +94,7 @@ def _check(shortcut: str) -> None:
 def _network(
     counts: tuple[int, ...],
     inners: tuple[int, ...],
-    expansion: int,
+    expansion: float,
     groups: int,
     kind: str,
     num_classes: int,
@@ -98,7 +110,7 @@ def _network(
         blocks: list[nn.Module] = []
         for i in range(count):
             step = 2 if number > 1 and i == 0 else 1
-            width = inner * expansion
+            width = int(inner * expansion)
             if expansion == 1:
                 blocks.append(basic_block(channels, width, step, kind=kind, dims=dims))
             else:

@@ -185,9 +185,21 @@ ALL = (
         "mfnet2d",
         multiplexers=False,
     ),
+    _at((224, 224), "mfnet", "mfnet2d_n12", "MF-Net 2D, 12 fibers, a reading", MFNET),
+    _at((224, 224), "mfnet", "mfnet2d_n24", "MF-Net 2D, 24 fibers, a reading", MFNET),
+    _at(
+        (224, 224),
+        "mfnet",
+        "mfnet2d_deeper",
+        "MF-Net 2D without multiplexers, deeper and wider, a reading",
+        MFNET,
+    ),
+    _at((224, 224), "mfnet", "mf_resnet18", "ResNet-18 of multi-fiber units, a reading", MFNET),
+    _at((224, 224), "mfnet", "mf_mobilenet_v2", "MobileNetV2 1.4 with fibers, a reading", MFNET),
     _at((8, 112, 112), "rcn", "rcn_18", "RCN-18: ResNet-18 of recurrent units", RCN),
     _at((224, 224), "resnet", "resnet18", "ResNet-18, for images", RESNET),
     _at((224, 224), "resnet", "resnet50", "ResNet-50, for images", RESNET),
+    _at((224, 224), "resnet", "resnext26", "ResNeXt-26, 8 groups of 16, for images", MFNET),
     _at(
         (224, 224),
         "mobilenet",
@@ -198,3 +210,13 @@ ALL = (
         width=1.4,
     ),
 )
+
+# Networks for clips that are known under names of their own when they take a frame at a time:
+# Hedegaard and Iosifidis, Continual 3D Convolutional Neural Networks, ECCV 2022.
+CONTINUAL = {
+    "cox3d_s": "x3d_s",
+    "cox3d_m": "x3d_m",
+    "cox3d_l": "x3d_l",
+    "coi3d": "i3d_r50",
+    "coslow": "slow_r50",
+}
