@@ -244,11 +244,11 @@ def _families(geometry: Geometry | SeparableGeometry, algorithm: str, continual:
 
 def _variants(base: Plan, request: Request) -> Iterator[Plan]:
     """The plan once per choice of transforms; as it is for direct families."""
-    tile = request.tile
+    tile, grouped = request.tile, False
     if base.family in ("winograd", "continual"):
         assert isinstance(base.geometry, Geometry)
         taps = [-(-k // s) for k, s in zip(base.geometry.kernel, base.geometry.stride, strict=True)]
-        sizes = base.geometry.out_size
+        sizes, grouped = base.geometry.out_size, base.geometry.groups > 1
     elif base.family == "hfa":
         assert isinstance(base.geometry, SeparableGeometry)
         t, d, _ = base.geometry.stages
@@ -263,12 +263,11 @@ def _variants(base: Plan, request: Request) -> Iterator[Plan]:
             yield base
         # Who says which transforms it refuses takes some.
         takes = hasattr(backends.kernel(base.family, base.backend), "refuses")
-        if not takes or request.algorithm not in ("auto", "winograd") or base.geometry.groups > 1:
+        if not takes or request.algorithm not in ("auto", "winograd") or grouped:
             return
     if base.backend == "torch":  # which has no transforms: the block is three convolutions
         choices = [(1,) * len(taps)] if tile is None or max(tile) == 1 else []
     else:
-        grouped = base.family == "winograd" and base.geometry.groups > 1
         choices = [tile] if tile is not None else list(_tiles(base.family, taps, sizes, grouped))
     for ms in choices:
         if len(ms) != len(taps):

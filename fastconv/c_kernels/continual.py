@@ -46,6 +46,7 @@ def _clip(plan: Plan) -> tuple[ModuleType, Plan, tuple[Geometry, ...]]:
     geometry whose clips they follow, if they ask; for the option `sum`, of one tap of one stream.
     """
     g = plan.geometry
+    assert isinstance(g, Geometry)
     # Three axes with time in front: fewer would be lifted with theirs behind.
     kernel, stride, padding, dilation = (
         (first, *(one,) * (3 - g.n), *values[1:])
@@ -72,7 +73,7 @@ def _clip(plan: Plan) -> tuple[ModuleType, Plan, tuple[Geometry, ...]]:
         one, space = transform(1, 1), plan.transforms[1:]
         transforms = (transform(1, kernel[0]), *(one,) * (3 - g.n), *space)
         inner = replace(plan, family="winograd", transforms=transforms)
-        return winograd, replace(inner, geometry=window, config=())
+        return winograd, replace(inner, geometry=window, config=()), ()
     single = g.is_depthwise and g.groups > 1
     module, family = (depthwise, "depthwise") if single else (grouped, "grouped")
     follows = () if single or sums else (g,)
