@@ -184,7 +184,7 @@ class Recorder:
 
     def spare(self, shape: Shape) -> Place:
         """A value that the program does not have."""
-        number = min(self.columns) - 1 if min(self.columns) < 0 else -1
+        number = min(self.columns) - 1
         self.columns[number] = torch.empty(1).expand(shape)
         return number, 0
 
