@@ -36,13 +36,11 @@ def has_c() -> bool:
     return backends.why_not("c") is None
 
 
-def in_c(*xs: Tensor) -> bool:
+def in_c(x: Tensor, scale: Tensor | None = None, residual: Tensor | None = None) -> bool:
     """Whether the C kernels take these: no gradient is asked for, nobody traces or compiles."""
-    return (
-        all(x.dtype == torch.float32 and x.is_cpu and x.numel() > 0 for x in xs)
-        and torch_ops_runner.is_plain(*xs)
-        and has_c()
-    )
+    # Of one precision and device: see is_plain.
+    mine = x.dtype == torch.float32 and x.is_cpu and x.numel() > 0
+    return mine and torch_ops_runner.is_plain(x, scale, residual) and has_c()
 
 
 def like(x: Tensor, shape: tuple[int, ...]) -> Tensor:

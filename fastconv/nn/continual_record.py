@@ -131,7 +131,8 @@ class Recorder:
             on = self.ons[self.program.clock_of[number]]
             inputs = tuple(same.get(i, i) for i in node.inputs)
             if isinstance(node.op, Retime):
-                same[number] = inputs[0]
+                if on:
+                    same[number] = inputs[0]
             elif on or any(ons):
                 steps.append(Step(number, node.name, node.op, inputs, ons, on))
         self.output = same.get(self.program.output, self.program.output)
@@ -183,7 +184,7 @@ class Recorder:
 
     def spare(self, shape: Shape) -> Place:
         """A value that the program does not have."""
-        number = min(self.columns) - 1 if min(self.columns) < 0 else -1
+        number = min(self.columns) - 1
         self.columns[number] = torch.empty(1).expand(shape)
         return number, 0
 
@@ -259,7 +260,9 @@ def _python(parts: Sequence[Segment | Step]) -> set[int]:
 
 def _convolution(r: Recorder, step: Step) -> bool:
     op: Any = step.op
-    if step.ons[0] is not step.on and op.form == "sum":
+    if not step.ons[0]:
+        return not step.on
+    if not step.on and op.form == "sum":
         return False
     x = step.inputs[0]
     stepper, packed, bias = op.packed(r.example(x))
