@@ -41,9 +41,9 @@ def refuses(plan: Plan) -> str | None:
 
 
 @functools.lru_cache(maxsize=1024)
-def _clip(plan: Plan) -> tuple[ModuleType, Plan, tuple[Geometry, ...]]:
-    """The module and the plan that compute columns from the frames of their taps alone, and the
-    geometry whose clips they follow, if they ask; for the option `sum`, of one tap of one stream.
+def _clip(plan: Plan) -> tuple[ModuleType, Plan]:
+    """The module and the plan that compute columns from the frames of their taps alone; for the
+    option `sum`, of one tap of one stream.
     """
     g = plan.geometry
     assert isinstance(g, Geometry)
@@ -73,11 +73,10 @@ def _clip(plan: Plan) -> tuple[ModuleType, Plan, tuple[Geometry, ...]]:
         one, space = transform(1, 1), plan.transforms[1:]
         transforms = (transform(1, kernel[0]), *(one,) * (3 - g.n), *space)
         inner = replace(plan, family="winograd", transforms=transforms)
-        return winograd, replace(inner, geometry=window, config=()), ()
+        return winograd, replace(inner, geometry=window, config=())
     single = g.is_depthwise and g.groups > 1
     module, family = (depthwise, "depthwise") if single else (grouped, "grouped")
-    follows = () if single or sums else (g,)
-    return module, replace(plan, family=family, geometry=window, config=()), follows
+    return module, replace(plan, family=family, geometry=window, config=())
 
 
 def prepack(weights: np.ndarray, plan: Plan) -> Packed:
@@ -86,10 +85,12 @@ def prepack(weights: np.ndarray, plan: Plan) -> Packed:
     With the option `sum` tap by tap.
     """
     g = plan.geometry
-    module, clip, follows = _clip(plan)
+    module, clip = _clip(plan)
     k, c, _, *size = clip.geometry.w_shape
     if not plan.options.get("sum"):
-        inner = module.prepack(np.reshape(weights, clip.geometry.w_shape), clip, *follows)
+        w = np.reshape(weights, clip.geometry.w_shape)
+        of_window = module is grouped
+        inner = grouped.prepack_window(w, clip, g) if of_window else module.prepack(w, clip)
         return _packed(plan, clip, inner, inner.weights, {})
     inner, *others = (
         module.prepack(np.reshape(w, (k, c, 1, *size)), clip) for w in np.moveaxis(weights, 2, 0)
@@ -126,9 +127,12 @@ def _packed(
 
 def workspace_size(plan: Plan) -> int:
     """Elements of plan.dtype that `run` needs as scratch."""
-    module, clip, follows = _clip(replace(plan, layout=launch.CHANNELS_LAST))
-    own = module.workspace_size(clip, *follows) - launch.copies_size(clip)
-    return own + launch.copies_size(plan)
+    module, clip = _clip(replace(plan, layout=launch.CHANNELS_LAST))
+    if module is grouped and not plan.options.get("sum"):
+        size = grouped.workspace_size_window(clip, plan.geometry)
+    else:
+        size = module.workspace_size(clip)
+    return size - launch.copies_size(clip) + launch.copies_size(plan)
 
 
 def run(

@@ -61,11 +61,13 @@ def _cycles(cut: strips.Strips | products.Products) -> int:
     return int(module.cycles(cut))
 
 
-def prepack(weights: np.ndarray, plan: Plan, clip: Geometry | None = None) -> Packed:
-    """w (K, C / G, *kernel) in the order in which the kernel reads it.
+def prepack(weights: np.ndarray, plan: Plan) -> Packed:
+    """w (K, C / G, *kernel) in the order in which the kernel reads it."""
+    return _packed(weights, plan, _cut(plan.geometry, launch.lanes(), None))
 
-    clip  whose bits the result has, where plan.geometry is the window of its columns
-    """
+
+def prepack_window(weights: np.ndarray, plan: Plan, clip: Geometry) -> Packed:
+    """`prepack` for the window of one column, whose bits are those in a clip."""
     return _packed(weights, plan, _cut(plan.geometry, launch.lanes(), clip))
 
 
@@ -111,8 +113,13 @@ def parameters(
     return ffi.new("fc_grouped *", values), keep
 
 
-def workspace_size(plan: Plan, clip: Geometry | None = None) -> int:
+def workspace_size(plan: Plan) -> int:
     """Elements of plan.dtype that `run` needs as scratch."""
+    return launch.workspace_elements(plan, 0, _cut(plan.geometry, launch.lanes(), None).each)
+
+
+def workspace_size_window(plan: Plan, clip: Geometry) -> int:
+    """`workspace_size` of what `prepack_window` packs."""
     return launch.workspace_elements(plan, 0, _cut(plan.geometry, launch.lanes(), clip).each)
 
 
