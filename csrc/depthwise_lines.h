@@ -108,13 +108,14 @@ static int dw_streams(const fc_geometry *g, const float *y, int64_t step) {
            (uintptr_t)y % (FC_LINE * sizeof(float)) == 0;
 }
 
-/* An item is a part of the axis, for a chunk of the elements behind it. */
+/* An item is a part of the axis, for a chunk of the elements behind it. `frame_images` of the images
+   are one frame. */
 typedef struct {
     const fc_depthwise *d;
     const fc_arrays *a;
     const float *const *frames;
     const float *bias;
-    int64_t images, lines, outs, inner, taps, step, pad, chunks, parts;
+    int64_t images, frame_images, lines, outs, inner, taps, step, pad, chunks, parts;
     int stream;
 } dw_line_job;
 
@@ -122,8 +123,13 @@ typedef struct {
 static const float *dw_line(const dw_line_job *j, int64_t image, int64_t line, int64_t first) {
     if (line < 0 || line >= j->lines)
         return j->a->weights + j->taps * (j->d->geometry.in_channels + VL) - first;
-    if (j->frames) return j->frames[image * j->lines + line];
-    return j->a->x + (image * j->lines + line) * j->inner;
+    if (j->frames && j->d->axis == 0) return j->frames[image * j->lines + line];
+    const float *x = j->a->x;
+    if (j->frames) { /* one to a stream */
+        x = j->frames[image / j->frame_images];
+        image %= j->frame_images;
+    }
+    return x + (image * j->lines + line) * j->inner;
 }
 
 /* Outputs of one residue modulo the dilation share lines: from..to of them in blocks. */
@@ -170,8 +176,9 @@ static void dw_lines_run(const fc_depthwise *d, const fc_arrays *a, const float 
     dw_line_job j = {.d = d, .a = a, .frames = frames, .bias = a->workspace, .images = g->batch,
                      .lines = g->in_size[axis], .outs = g->out_size[axis],
                      .inner = g->in_channels, .taps = g->kernel[axis], .step = g->dilation[axis],
-                     .pad = g->pad[axis], .parts = 1};
+                     .pad = g->pad[axis], .frame_images = 1, .parts = 1};
     for (int i = 0; i < axis; i++) j.images *= g->in_size[i];
+    for (int i = 1; i < axis; i++) j.frame_images *= g->in_size[i];
     for (int i = axis + 1; i < 3; i++) j.inner *= g->in_size[i];
     /* Activations that come later read y again. */
     j.stream = !activates_later(d->activation) && dw_streams(g, a->y, j.inner);
