@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 Place = tuple[int, int]  # a value, and bytes behind its beginning
-# Of streams that run through several layers together: what a layer reads and writes stays in a
-# core's own cache until the next one has read it.
-NEAR_BYTES = 1 << 20
+# Of streams that run through several layers together: what a layer reads and writes stays in the
+# cores' own caches until the next one has read it.
+NEAR_BYTES = 1 << 21
 
 
 def is_turned(frame: Tensor) -> bool:
