@@ -16,6 +16,7 @@
    pixel    floats from a row's inputs to those of the row behind it, which are asked for
    fetch    floats from c to memory that will be written soon, and from residual to what will be
             read, or 0
+   stream   c is written past the caches
    the rest as in gemm_job, with one row of c behind the other */
 typedef struct {
     const float *const *rows;
@@ -24,13 +25,13 @@ typedef struct {
     float *c;
     int64_t c_stride, columns, fetch;
     const float *bias, *residual;
-    int activation;
+    int activation, stream;
 } dense_job;
 
 INLINE void dense_body(int rows, int nv, const dense_job *g) {
     if (g->fetch) {
         float *line = g->c + g->fetch;
-        for (int i = 0; i < rows; i++, line += g->c_stride)
+        for (int i = 0; i < rows && !g->stream; i++, line += g->c_stride)
             UNROLL
             for (int j = 0; j < nv * VL; j += FC_LINE) prefetch_write(line + j);
         if (g->residual) { /* from far away: nobody has read it since it was written */
@@ -78,7 +79,8 @@ INLINE void dense_body(int rows, int nv, const dense_job *g) {
             }
         }
     }
-    gemm_finish(rows, nv, sum, g->c, g->c_stride, g->columns, g->bias, g->residual, g->activation);
+    gemm_finish(rows, nv, sum, g->c, g->c_stride, g->columns, g->bias, g->residual, g->activation,
+                g->stream);
 }
 
 typedef void (*dense_tile)(const dense_job *);
@@ -91,12 +93,14 @@ static const dense_tile dense_tiles[5][MAX_ROWS] = {EACH_TILE(DENSE_NAME)};
 /* One call, and how its work is cut: items are pieces of the output pixels times shares of the
    panels.
 
-   frames  where each input frame (N, T) begins, or NULL where they follow each other in x */
+   frames  where each input frame (N, T) begins, or NULL where they follow each other in x
+   stream  y is written past the caches */
 typedef struct {
     const fc_grouped *params;
     const fc_arrays *arrays;
     const float *const *frames;
     int64_t pixels, block, size, runs_per_piece, pieces_per_run, pieces, share;
+    int stream;
 } dense_call;
 
 INLINE const float *input_frame(const fc_geometry *g, const float *x, const float *const *frames,
@@ -193,6 +197,7 @@ static void dense_products(const dense_call *d, const float *const *table, const
             job.taps = fc_min(r->chunk_taps, r->taps - tap);
             job.depth = fc_min(r->chunk_depth, r->depth - from);
             job.activation = is_last ? p->activation : FC_NONE;
+            job.stream = d->stream && is_first && is_last;
             for (int64_t n = first_panel; n < last_panel; n++) {
                 int64_t g = n / per_group, i = n % per_group, narrow = i >= r->panels[0];
                 int64_t nv = r->vectors[narrow];
@@ -287,6 +292,20 @@ static void dense_item(void *context, int64_t item, int thread) {
         if (p->scaled) dense_scale(d, table, zeros, begin, end, copy.packed);
         dense_products(d, table, zeros, begin, end, first_panel, last_panel);
     }
+    if (d->stream) vdrain();
+}
+
+enum { DENSE_STREAM_BYTES = 32 << 20 }; /* more than caches keep for the next layer */
+
+/* Whether y is to be written past the caches, which otherwise read its old content before: large,
+   and written by whole cache lines. */
+static int dense_streams(const fc_grouped *p, const fc_arrays *a, int64_t pixels) {
+    const fc_geometry *g = &p->geometry;
+    int64_t x = g->batch * g->in_size[0] * g->in_size[1] * g->in_size[2] * g->in_channels;
+    int64_t y = pixels * g->out_channels * (a->residual ? 2 : 1);
+    return VL == FC_LINE && (x + y) * (int64_t)sizeof(float) > DENSE_STREAM_BYTES &&
+           g->out_channels / g->groups % VL == 0 && !activates_later(p->activation) &&
+           (uintptr_t)a->y % (FC_LINE * sizeof(float)) == 0;
 }
 
 /* Large items, but enough for all threads: first the panels are shared out, then blocks shrink. */
@@ -299,6 +318,7 @@ static void dense_run(const fc_grouped *p, const fc_arrays *a, const float *cons
     int64_t panels = g->groups * (r->panels[0] + r->panels[1]), runs = pixels / r->run;
     int64_t wanted = threads > 1 ? 4 * threads : 1;
     dense_call d = {.params = p, .arrays = a, .frames = frames, .pixels = pixels};
+    d.stream = dense_streams(p, a, pixels);
     d.block = r->block;
     if (!r->packed_row) {
         int64_t least = gemm_block_rows[r->vectors[0]];

@@ -40,9 +40,10 @@ typedef struct {
     int ahead_write;
 } gemm_job;
 
-/* The end of a register block: bias, residual, activation, and the way to memory. */
+/* The end of a register block: bias, residual, activation, and the way to memory; with `stream` past
+   the caches. */
 INLINE void gemm_finish(int rows, int nv, vec *sum, float *c, int64_t c_stride, int64_t columns,
-                        const float *bias, const float *residual, int activation) {
+                        const float *bias, const float *residual, int activation, int stream) {
     vec low = vset(activation_floor(activation));
     UNROLL
     for (int j = 0; j < nv; j++) {
@@ -73,7 +74,11 @@ INLINE void gemm_finish(int rows, int nv, vec *sum, float *c, int64_t c_stride, 
     UNROLL
     for (int j = 0; j < nv; j++) {
         int64_t n = vcount(columns, j * VL);
-        if (n == VL) {
+        if (n == VL && stream) {
+            UNROLL
+            for (int i = 0; i < rows; i++)
+                vstream(c + i * c_stride + j * VL, vmax(sum[i * nv + j], low));
+        } else if (n == VL) {
             UNROLL
             for (int i = 0; i < rows; i++)
                 vstore(c + i * c_stride + j * VL, vmax(sum[i * nv + j], low));
@@ -121,7 +126,7 @@ INLINE void gemm_body(int rows, int nv, int ahead, const gemm_job *g, int64_t ro
     }
     int64_t at = row * g->c_stride;
     gemm_finish(rows, nv, sum, g->c + at, g->c_stride, g->columns, g->bias,
-                g->residual ? g->residual + at : NULL, g->activation);
+                g->residual ? g->residual + at : NULL, g->activation, 0);
 }
 
 typedef void (*gemm_tile)(const gemm_job *, int64_t row);

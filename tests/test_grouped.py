@@ -400,3 +400,17 @@ def test_torch_takes_tensors_of_half_precision(dtype, layout):
     # Sums are kept in float32; the result is rounded, once per operation of the epilogue.
     size = np.abs(want).max() + residual.abs().max().item()
     assert np.abs(y.double().numpy() - want).max() <= 3 * torch.finfo(kind).eps * size
+
+
+@in_c
+@pytest.mark.parametrize("residual", [True, False])
+def test_outputs_larger_than_the_caches(backend, residual):
+    """They are written past them, by whole cache lines: nothing is missing, nothing is rounded."""
+    geometry = Geometry.of((1, 8, 2, 263, 257), (64, 8, 1, 1, 1))
+    plan = plan_for(backend, geometry, "float32", CHANNELS_LAST, Epilogue(True, "relu", residual))
+    x, w = small_integers(geometry.x_shape, 0), small_integers(geometry.w_shape, 1)
+    bias = small_integers((64,), 2)
+    added = small_integers(geometry.y_shape, 3) if residual else None
+    want = np.tensordot(w.reshape(64, 8), x[0], 1)[None] + bias.reshape(1, 64, 1, 1, 1)
+    want = np.maximum(want if added is None else want + added, 0)
+    assert np.array_equal(cases.execute(plan, x, w, bias, added), want)
