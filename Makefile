@@ -66,7 +66,7 @@ lint: $(INSTALLED)  ## check style, format and types
 	cd .typecheck && ../$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p fastconv
 
 bench: $(PEERS)  ## time us against what people run today (BENCH="layers --filter depthwise")
-	$(BIN)/python -m fastconv bench $(if $(BENCH),$(BENCH),all --limit 780 --json $(OUT)/ --plot $(OUT))
+	$(BIN)/python -m fastconv bench $(if $(BENCH),$(BENCH),all --budget 0.3 --limit 830 --json $(OUT)/ --plot $(OUT))
 
 $(PEERS): $(INSTALLED) requirements-bench.txt
 	@echo "Installing the peers into $(VENV): a few minutes, once."
