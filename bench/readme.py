@@ -33,7 +33,7 @@ def write(root: Path | None = None) -> Path:
     readme, folder = root / "README.md", root / "bench" / "results"
     if not readme.is_file() or not folder.is_dir():
         raise UnsupportedError("bench: readme needs a checkout with README.md and bench/results")
-    files = sorted(folder.glob("*.json"))
+    files = sorted(folder.glob("*.json"), key=lambda file: file.stem)
     if not files:
         raise UnsupportedError("bench: no results in bench/results; `bench all --json` makes some")
     text = readme.read_text(encoding="utf-8")
