@@ -295,17 +295,13 @@ static void dense_item(void *context, int64_t item, int thread) {
     if (d->stream) vdrain();
 }
 
-enum { DENSE_STREAM_BYTES = 32 << 20 }; /* more than caches keep for the next layer */
-
-/* Whether y is to be written past the caches, which otherwise read its old content before: large,
-   and written by whole cache lines. */
 static int dense_streams(const fc_grouped *p, const fc_arrays *a, int64_t pixels) {
     const fc_geometry *g = &p->geometry;
     int64_t x = g->batch * g->in_size[0] * g->in_size[1] * g->in_size[2] * g->in_channels;
     int64_t y = pixels * g->out_channels * (a->residual ? 2 : 1);
-    return VL == FC_LINE && (x + y) * (int64_t)sizeof(float) > DENSE_STREAM_BYTES &&
-           g->out_channels / g->groups % VL == 0 && !activates_later(p->activation) &&
-           (uintptr_t)a->y % (FC_LINE * sizeof(float)) == 0;
+    /* Vectors shorter than a cache line would be written by halves, far apart in time. */
+    return VL == FC_LINE && !activates_later(p->activation) &&
+           past_caches(x + y, a->y, g->out_channels / g->groups);
 }
 
 /* Large items, but enough for all threads: first the panels are shared out, then blocks shrink. */

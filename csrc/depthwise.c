@@ -238,7 +238,7 @@ static void dw_cut(dw_job *j, int threads) {
     int64_t frame = g->in_size[1] * g->in_size[2] * VL * (int64_t)sizeof(float);
     j->high = height;
     j->wide = g->out_size[2];
-    int far = !j->frames && dw_bytes(g) > DW_FAR_BYTES;
+    int far = !j->frames && dw_floats(g) * (int64_t)sizeof(float) > DW_FAR_BYTES;
     j->ahead = far && j->kind && (j->through || g->kernel[0] == 1);
     int64_t deep = fc_min(vectors, j->rolled ? DW_ROLL_VECTORS : DW_NEAR_VECTORS);
     if (far && !j->through) deep = vectors;
@@ -264,7 +264,7 @@ static void dw_tiles(const fc_depthwise *d, const fc_arrays *a, const float *con
     const fc_geometry *g = &d->geometry;
     int64_t taps = g->kernel[0] * g->kernel[1] * g->kernel[2];
     dw_job j = {.d = d, .a = a, .frames = frames, .cols = LOOP_COLS,
-                .stream = dw_streams(g, a->y, g->out_channels)};
+                .stream = past_caches(dw_floats(g), a->y, g->out_channels)};
     j.kind = d->looped ? NULL : tile_kind_of(g);
     if (g->out_channels != g->in_channels)
         j.lane_of = (const vec_int *)(a->weights + dw_vectors(g) * taps * VL);

@@ -93,19 +93,11 @@ static int64_t dw_share(int64_t size, int64_t index, int64_t pieces) {
     return size * index / pieces;
 }
 
-enum { DW_STREAM_BYTES = 32 << 20 }; /* of x and y: more than caches keep for the next layer */
-
-static int64_t dw_bytes(const fc_geometry *g) {
+/* Floats of x and y. */
+static int64_t dw_floats(const fc_geometry *g) {
     int64_t x = g->batch * g->in_channels * g->in_size[0] * g->in_size[1] * g->in_size[2];
     int64_t y = g->batch * g->out_channels * g->out_size[0] * g->out_size[1] * g->out_size[2];
-    return (x + y) * (int64_t)sizeof(float);
-}
-
-/* Whether y is to be written past the caches, which otherwise read its old content before, and give
-   up x for it. What is written in turn must be whole cache lines: it begins in steps of `step`. */
-static int dw_streams(const fc_geometry *g, const float *y, int64_t step) {
-    return dw_bytes(g) > DW_STREAM_BYTES && step % FC_LINE == 0 &&
-           (uintptr_t)y % (FC_LINE * sizeof(float)) == 0;
+    return x + y;
 }
 
 /* An item is a part of the axis, for a chunk of the elements behind it. `frame_images` of the images
@@ -181,7 +173,7 @@ static void dw_lines_run(const fc_depthwise *d, const fc_arrays *a, const float 
     for (int i = 1; i < axis; i++) j.frame_images *= g->in_size[i];
     for (int i = axis + 1; i < 3; i++) j.inner *= g->in_size[i];
     /* Activations that come later read y again. */
-    j.stream = !activates_later(d->activation) && dw_streams(g, a->y, j.inner);
+    j.stream = !activates_later(d->activation) && past_caches(dw_floats(g), a->y, j.inner);
     j.chunks = fc_ceil_div(j.inner, FC_LINE_CHUNK);
     int64_t items = j.images * j.chunks, wanted = threads > 1 ? DW_ITEMS * threads : 1;
     if (items < wanted)

@@ -77,6 +77,16 @@ INLINE void vdrain(void) { _mm_sfence(); }
 INLINE void vstream(float *p, vec v) { vstore(p, v); }
 INLINE void vdrain(void) {}
 #endif
+enum { PAST_CACHES_BYTES = 32 << 20 }; /* more than caches keep for the next layer */
+
+/* Whether y is to be written past the caches, which otherwise read its old content before, and give
+   up x for it: of so many floats read and written in all. What is written in turn must be whole
+   cache lines: it begins in steps of `step`. */
+INLINE int past_caches(int64_t floats, const float *y, int64_t step) {
+    return floats * (int64_t)sizeof(float) > PAST_CACHES_BYTES && step % FC_LINE == 0 &&
+           (uintptr_t)y % (FC_LINE * sizeof(float)) == 0;
+}
+
 /* v[lanes[i]] in every lane i. */
 #if VL == 16
 INLINE vec vpermute(vec v, vec_int lanes) { return _mm512_permutexvar_ps((__m512i)lanes, v); }

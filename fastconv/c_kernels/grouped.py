@@ -63,7 +63,7 @@ def _cycles(cut: strips.Strips | products.Products) -> int:
 
 def prepack(weights: np.ndarray, plan: Plan) -> Packed:
     """w (K, C / G, *kernel) in the order in which the kernel reads it."""
-    return _packed(weights, plan, _cut(plan.geometry, launch.lanes(), None))
+    return _packed(weights, plan, _cut(plan.geometry, launch.lanes()))
 
 
 def prepack_window(weights: np.ndarray, plan: Plan, clip: Geometry) -> Packed:
@@ -115,7 +115,7 @@ def parameters(
 
 def workspace_size(plan: Plan) -> int:
     """Elements of plan.dtype that `run` needs as scratch."""
-    return launch.workspace_elements(plan, 0, _cut(plan.geometry, launch.lanes(), None).each)
+    return launch.workspace_elements(plan, 0, _cut(plan.geometry, launch.lanes()).each)
 
 
 def workspace_size_window(plan: Plan, clip: Geometry) -> int:
